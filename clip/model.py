@@ -1,0 +1,229 @@
+"""OpenAI's CLIP with a vision transformer, and the V-V stream of SOT-GLP (Eq. 2) beside it.
+
+Read top to bottom: one attention layer -> one block -> the vision tower with its two streams ->
+the text tower -> CLIP -> build_model. Written afresh for OpenAI's files: module and parameter names
+are those of their state dicts, so that these load without renaming.
+
+Letters:  B images  P patches  n texts  S tokens of a text  H heads  W tower width  D joint embedding width
+"""
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+STREAMS = ("vv", "qk", "value")
+BOOKKEEPING = {"input_resolution", "context_length", "vocab_size"}  # numbers that OpenAI stores among the weights
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the activation that OpenAI trained with."""
+
+    def forward(self, x):
+        return F.silu(1.702 * x) / 1.702  # why: the same function, with the product fused into one operation
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose queries, keys and values can be had one by one."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def project(self, x):
+        """Queries, keys and values of x: (B, S, W) -> three (B, H, S, W/H)."""
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        return qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def merge(self, heads):
+        """Joins the heads and applies the output projection: (B, H, S, W/H) -> (B, S, W)."""
+        return self.out_proj(heads.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: attention, then a two-layer perceptron, each added to its input."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.attn = Attention(width, heads)
+        self.ln_1 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width)))
+        self.ln_2 = nn.LayerNorm(width)
+
+    def add_mlp(self, x):
+        return x + self.mlp(self.ln_2(x))
+
+    def forward(self, x, causal=False):
+        q, k, v = self.attn.project(self.ln_1(x))
+        x = x + self.attn.merge(F.scaled_dot_product_attention(q, k, v, is_causal=causal))
+        return self.add_mlp(x)
+
+    def forward_dual(self, x, z):
+        """One block of both streams: x goes on as CLIP has it, z collects V-V attention.  Eq. 2
+
+        x, z: (B, 1+P, W). V is that of x, computed once for both. No perceptron on z.
+        """
+        q, k, v = self.attn.project(self.ln_1(x))
+        # Eq. 2: Z_l = Z_{l-1} + Proj(softmax(V V^T / sqrt(d)) V), d being the width of one head.
+        # differs: the released code adds the Q-K attention of the first block to z as well, by an in-place sum.
+        z = z + self.attn.merge(F.scaled_dot_product_attention(v, v, v))
+        x = x + self.attn.merge(F.scaled_dot_product_attention(q, k, v))
+        return self.add_mlp(x), z
+
+    def forward_value(self, x):
+        """This block with its attention matrix replaced by the identity: each token sees itself alone."""
+        _, _, v = self.attn.project(self.ln_1(x))
+        return self.add_mlp(x + self.attn.merge(v))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks; `heads` is width // 64 in every CLIP that OpenAI published."""
+
+    def __init__(self, width, layers):
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(width, width // 64) for _ in range(layers))
+
+
+class VisionTransformer(nn.Module):
+    """The image tower. `forward` gives tokens after `ln_post`; `proj` leads from there to the joint space."""
+
+    def __init__(self, resolution, patch, width, layers, embed_dim):
+        super().__init__()
+        self.resolution = resolution
+        self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
+        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.positional_embedding = nn.Parameter(torch.empty((resolution // patch) ** 2 + 1, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, layers)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(torch.empty(width, embed_dim))
+
+    def embed(self, images):
+        """Images -> Z_0, the tokens that both streams start from: (B, 3, R, R) -> (B, 1+P, W)."""
+        patches = self.conv1(images).flatten(2).transpose(1, 2)                    # (B, P, W)
+        cls = self.class_embedding.expand(len(images), 1, -1)
+        return self.ln_pre(torch.cat([cls, patches], dim=1) + self.positional_embedding)
+
+    def forward(self, images, stream="vv"):
+        """Images -> CLS token of the ordinary stream (B, W), patch tokens of the chosen stream (B, P, W)."""
+        if stream not in STREAMS:
+            raise ValueError(f"unknown patch stream {stream!r}: choose one of {', '.join(STREAMS)}")
+        x = z = self.embed(images)                                                 # Sec. 3.2: Z_0^ori = Z_0^vv = Z_0
+        for block in self.transformer.resblocks:
+            if stream == "vv":
+                x, z = block.forward_dual(x, z)
+            else:
+                x, z = block(x), x                                                 # z: what enters the last block
+        if stream == "qk":
+            z = x
+        elif stream == "value":
+            z = block.forward_value(z)
+        return self.ln_post(x[:, 0]), self.ln_post(z[:, 1:])
+
+
+class CLIP(nn.Module):
+    """Both towers. Frozen, and in evaluation mode whatever `train()` is called around it."""
+
+    def __init__(self, embed_dim, resolution, patch, vision_width, vision_layers,
+                 context_length, vocab_size, text_width, text_layers):
+        super().__init__()
+        self.context_length = context_length
+        self.visual = VisionTransformer(resolution, patch, vision_width, vision_layers, embed_dim)
+        self.transformer = Transformer(text_width, text_layers)
+        self.token_embedding = nn.Embedding(vocab_size, text_width)
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, text_width))
+        self.ln_final = nn.LayerNorm(text_width)
+        self.text_projection = nn.Parameter(torch.empty(text_width, embed_dim))
+        self.logit_scale = nn.Parameter(torch.empty([]))
+        self.requires_grad_(False).train()
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def store_matrices(self, dtype):
+        """Keeps what is multiplied by in half precision, for use under autocast. The rest stays as it is.
+
+        why: autocast would cast these frozen weights anew at every call.
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, Attention)):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(dtype)
+
+    def encode_patches(self, images, stream="vv"):
+        """Images -> tokens after `ln_post`, before the joint projection.  Eq. 2
+
+        images (B, 3, R, R) at the model's resolution R -> CLS (B, W), patches (B, P, W).
+        stream: "vv" the V-V stream; "qk" ordinary patch tokens (Table 2, "w/o V-V"); "value" the last block
+        with its attention matrix replaced by the identity (GL-MCM). Raises ValueError for any other.
+        """
+        return self.visual(images, stream)
+
+    def encode_image(self, images):
+        """Images (B, 3, R, R) -> image features (B, D), not normalised, as OpenAI's."""
+        cls, _ = self.visual(images, stream="qk")
+        return cls @ self.visual.proj
+
+    def encode_embeddings(self, embeddings, eot):
+        """Token embeddings (n, S, W) and the places of their [EOT] (n,) -> text features (n, D), not normalised.
+
+        This is how learned prompts enter the text tower (Eq. 1): S may be any length up to the context length.
+        """
+        x = embeddings + self.positional_embedding[: embeddings.shape[1]]
+        for block in self.transformer.resblocks:
+            x = block(x, causal=True)
+        return self.ln_final(x[torch.arange(len(x), device=x.device), eot]) @ self.text_projection
+
+    def encode_text(self, tokens):
+        """Token ids (n, S) from `clip.tokenize` -> text features (n, D), not normalised, as OpenAI's."""
+        eot = tokens.argmax(dim=-1)                  # [EOT] has the largest id
+        tokens = tokens[:, : int(eot.max()) + 1]     # why: the mask is causal, nothing after [EOT] can reach it
+        return self.encode_embeddings(self.token_embedding(tokens), eot)
+
+
+def build_model(state_dict):
+    """An OpenAI state dict -> CLIP in float32, frozen. All sizes are read from the tensors' shapes.
+
+    Raises ValueError for a ResNet, for a dict that is no CLIP, and with the name of every key that is
+    missing, unexpected or of another shape.
+    """
+    if "visual.layer1.0.conv1.weight" in state_dict:
+        raise ValueError("this CLIP has a ResNet image tower; SOT-GLP needs the patch tokens of a vision transformer: "
+                         "use ViT-B/16, ViT-B/32 or ViT-L/14")
+    weights = {k: v.float() for k, v in state_dict.items() if k not in BOOKKEEPING}
+    try:
+        vision_width, _, patch, _ = weights["visual.conv1.weight"].shape
+        tokens = weights["visual.positional_embedding"].shape[0]
+        text_width, embed_dim = weights["text_projection"].shape
+        context_length = weights["positional_embedding"].shape[0]
+        vocab_size = weights["token_embedding.weight"].shape[0]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"these weights are no CLIP with a vision transformer: {error} not found as expected; "
+                         f"the file begins with {', '.join(list(state_dict)[:3]) or 'nothing'}") from error
+    with torch.device("meta"):
+        model = CLIP(embed_dim, round((tokens - 1) ** 0.5) * patch, patch, vision_width,
+                     count_layers(weights, "visual.transformer.resblocks."),
+                     context_length, vocab_size, text_width, count_layers(weights, "transformer.resblocks."))
+    check_keys(weights, model.state_dict())
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(False)
+
+
+def count_layers(weights, prefix):
+    """How many transformer blocks the keys with this prefix number."""
+    return len({k[len(prefix):].split(".")[0] for k in weights if k.startswith(prefix)})
+
+
+def check_keys(found, wanted):
+    """Raises ValueError that lists every missing, unexpected or misshapen key."""
+    wrong = [f"missing {k}" for k in wanted if k not in found]
+    wrong += [f"unexpected {k}" for k in found if k not in wanted]
+    wrong += [f"{k} is {tuple(found[k].shape)}, expected {tuple(wanted[k].shape)}"
+              for k in wanted if k in found and found[k].shape != wanted[k].shape]
+    if wrong:
+        raise ValueError("these weights do not fit CLIP: " + "; ".join(wrong))
