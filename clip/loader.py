@@ -1,0 +1,262 @@
+"""From a name or a file to a frozen CLIP and its preprocessing.
+
+name -> file (downloaded once, its hash compared) -> tensors by name (no code of the file is run) -> model.build_model
+
+OpenAI's files are TorchScript archives, that is programs that carry their weights. We take the weights and leave the
+program alone: `ArchiveReader` knows the few things that weights need, and refuses all others.
+"""
+
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import re
+import sys
+import warnings
+import zipfile
+from collections import OrderedDict
+from http.client import HTTPException
+from pathlib import Path
+from urllib.request import urlopen
+
+import torch
+import torch.distributed as dist
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
+
+from .model import build_model
+
+ADDRESS = "https://openaipublic.azureedge.net/clip/models"
+PUBLISHED = {  # as in OpenAI's package openai-clip 1.0.1: the last folder is the file's SHA-256
+    "ViT-B/16": f"{ADDRESS}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+    "ViT-B/32": f"{ADDRESS}/40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+    "ViT-L/14": f"{ADDRESS}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
+}
+TINY = Path(__file__).with_name("tiny.pt.gz")
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def available_models():
+    """The names that `load` knows."""
+    return [*PUBLISHED, "tiny"]
+
+
+def load(name, device="cpu"):
+    """A name or a file -> CLIP on the device (float32, eval mode, frozen) and its `preprocess`.
+
+    name: one of `available_models()`, or the path of a TorchScript archive by OpenAI or of a state dict (`.pt`,
+    also gzipped). Published files are kept in ~/.cache/clip or $CLIP_CACHE, downloaded if they are not there.
+    Raises FileNotFoundError for an unknown name, ConnectionError for a failed download, ValueError for a wrong hash,
+    a damaged file, and one that holds no CLIP with a vision transformer.
+    """
+    path = find(str(name))
+    try:
+        model = build_model(read_state_dict(path))
+    except ValueError as error:
+        if sha256(path) not in map(published_hash, PUBLISHED.values()):
+            raise ValueError(f"{path}: {error}") from error
+        with warnings.catch_warnings():            # why: a file known to be OpenAI's may run, should our reader fail
+            warnings.simplefilter("ignore")        # on it; torch.jit is deprecated and says so
+            model = build_model(torch.jit.load(path, map_location="cpu").state_dict())
+    return model.to(device), preprocess(model.visual.resolution)
+
+
+def preprocess(resolution):
+    """CLIP's test transform: a PIL image -> (3, resolution, resolution) float32, normalised."""
+    return Compose([Resize(resolution, InterpolationMode.BICUBIC), CenterCrop(resolution), to_rgb, ToTensor(),
+                    Normalize(MEAN, STD)])
+
+
+def to_rgb(image):
+    return image.convert("RGB")
+
+
+def weights_hash(model):
+    """SHA-256 over the names and float32 values of all tensors: the same for every file that holds the same model."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---- name -> file
+
+def find(name):
+    """The file that a name stands for, there and verified."""
+    if name in PUBLISHED:
+        return fetch(PUBLISHED[name])
+    path = TINY if name == "tiny" else Path(name).expanduser()
+    if path.is_file():
+        return path
+    if name == "tiny":
+        raise FileNotFoundError(f"{path} is missing; it belongs to the repository: git checkout {path} brings it back")
+    if re.fullmatch(r"RN\d+(x\d+)?", name):
+        raise ValueError(f"{name} has a ResNet image tower; SOT-GLP needs the patch tokens of a vision transformer: "
+                         f"use one of {', '.join(available_models())}")
+    raise FileNotFoundError(f"{name!r} is no file and no known model: use one of {', '.join(available_models())}, "
+                            "or the path of a CLIP file (.pt, .pt.gz)")
+
+
+def fetch(url):
+    """The file of this address in the cache, downloaded if it is not there. Raises ValueError for a wrong hash.
+
+    Of the processes of a torchrun that have joined, the first of each machine downloads (why: each machine may have
+    a cache of its own), the others wait; so all of them must come here, and all of them fail where one does.
+    """
+    path, failure = Path(os.environ.get("CLIP_CACHE") or "~/.cache/clip").expanduser() / url.split("/")[-1], None
+    try:
+        if not path.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            download(url, path)
+    except (ConnectionError, ValueError) as error:
+        failure = error
+    raise_first(failure)
+    found = sha256(path)
+    if found != published_hash(url):
+        raise ValueError(f"{path} has SHA-256 {found}, but OpenAI published {published_hash(url)}: "
+                         "delete the file, and it will be downloaded again")
+    return path
+
+
+def raise_first(failure):
+    """Waits for all processes of a torchrun that have joined, and raises what failed for any of them."""
+    failures = [failure]
+    if dist.is_available() and dist.is_initialized():
+        failures = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, failure)
+    for failure in filter(None, failures):
+        raise failure
+
+
+def download(url, path):
+    """Brings url to path; the file gets that name only when it is whole and has the published hash."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        receive(url, part)
+        os.replace(part, path)
+    except (OSError, HTTPException) as error:
+        raise ConnectionError(f"cannot download {url} to {path}: {error}. Without a connection, fetch the file on "
+                              "another machine and put it there") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def receive(url, path):
+    """Copies what the address sends. Raises OSError if that breaks off, ValueError if it has not the published hash."""
+    print(f"downloading {url}", file=sys.stderr, flush=True)
+    with urlopen(url, timeout=60) as response, open(path, "wb") as file:
+        total, done = int(response.headers.get("Content-Length") or 0), 0
+        while chunk := response.read(2**20):
+            done += file.write(chunk)
+            if sys.stderr.isatty():
+                print(f"\r{done / 2**20:.0f} of {total / 2**20:.0f} MiB ", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    if done < total:
+        raise OSError(f"only {done} of {total} bytes came")
+    if sha256(path) != published_hash(url):
+        raise ValueError(f"{url} sent a file with SHA-256 {sha256(path)}, not the published one; nothing was kept. "
+                         "Does a proxy answer in its place?")
+
+
+def published_hash(url):
+    return url.split("/")[-2]
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# ---- file -> tensors by name
+
+def read_state_dict(path):
+    """The tensors of a TorchScript archive or of a saved state dict, gzipped or not; no code of the file is run.
+
+    Raises ValueError for a damaged file and for one that holds anything else.
+    """
+    try:
+        with open(path, "rb") as raw:
+            gzipped = raw.peek(2)[:2] == b"\x1f\x8b"
+            file = io.BytesIO(gzip.decompress(raw.read())) if gzipped else raw
+            if is_archive(file):
+                return read_archive(zipfile.ZipFile(file))
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # why so broad: in a damaged file zipfile, pickle and torch can trip over anything
+        raise ValueError(f"cannot be read as weights ({type(error).__name__}): it is truncated or damaged, or holds "
+                         "more than tensors. Fetch it again, or save a model's state_dict() alone") from error
+    if not (isinstance(state, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items())):
+        raise ValueError("holds no plain state dict, {name: tensor}: save a model's state_dict() alone")
+    return state
+
+
+def is_archive(file):
+    """Whether this is a TorchScript archive: a zip as torch.save makes it, and beside it the program's constants."""
+    return zipfile.is_zipfile(file) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(file).namelist())
+
+
+def read_archive(archive):
+    """The state dict of the module in a TorchScript archive."""
+    root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
+    return dict(ArchiveReader(archive, root).load().tensors())
+
+
+class Module:
+    """What a module of the archive becomes: its attributes, and the names that its class declares as weights."""
+
+    def __setstate__(self, attributes):
+        self.attributes = attributes
+
+    def tensors(self, prefix=""):
+        """Parameters and buffers with their names, as `state_dict` gives them."""
+        for name, value in self.attributes.items():
+            if isinstance(value, Module):
+                yield from value.tensors(f"{prefix}{name}.")
+            elif name in self.declared and value is not None:  # why: a script may keep others, say an attention mask
+                yield prefix + name, value
+
+
+def rebuild_tensor(storage, offset, size, stride, *_):
+    return storage.as_strided(size, stride, offset)
+
+
+class ArchiveReader(pickle.Unpickler):
+    """Unpickles the module of a TorchScript archive from what is listed here alone; nothing of the file is called."""
+
+    known = {
+        ("collections", "OrderedDict"): OrderedDict,
+        ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
+        ("torch.jit._pickle", "build_intlist"): list,
+        ("torch", "DoubleStorage"): torch.float64,
+        ("torch", "FloatStorage"): torch.float32,
+        ("torch", "HalfStorage"): torch.float16,
+        ("torch", "BFloat16Storage"): torch.bfloat16,
+        ("torch", "LongStorage"): torch.int64,
+        ("torch", "IntStorage"): torch.int32,
+    }
+
+    def __init__(self, archive, root):
+        super().__init__(archive.open(root + "data.pkl"))
+        self.archive, self.root = archive, root
+
+    def find_class(self, module, name):
+        if module.split(".")[0] == "__torch__":
+            return type(name, (Module,), {"declared": self.declared(module, name)})
+        if (module, name) not in self.known:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place among weights")
+        return self.known[module, name]
+
+    def declared(self, module, name):
+        """The names that this class of the archive lists as parameters and buffers, read in its source as text."""
+        source = self.archive.read(f"{self.root}code/{module.replace('.', '/')}.py").decode()
+        lists = r"( +__parameters__ = .*\n)?( +__buffers__ = .*\n)?"
+        head = re.search(rf"class {re.escape(name)}\(Module\):\n{lists}", source)[0]
+        return re.findall(r'"(.+?)"', head)
+
+    def persistent_load(self, key):
+        _, dtype, number, _, _ = key
+        return torch.frombuffer(bytearray(self.archive.read(f"{self.root}data/{number}")), dtype=dtype)

@@ -1,0 +1,414 @@
+"""Names and files of every kind give the same model, nothing in a file is run, and each failure says what to do."""
+
+import gzip
+import hashlib
+import http.server
+import os
+import pickle
+import threading
+import warnings
+import zipfile
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+from torch import nn
+
+import clip
+from clip import loader
+
+
+# ---- files
+
+def small_clip():
+    """16 patches, one block of width 64 on each side, 20 tokens, values that float16 holds exactly."""
+    model = clip.CLIP(8, 32, 8, 64, 1, 77, 20, 64, 1)
+    for name, p in model.named_parameters():
+        p.data = torch.randn(p.shape).half().float()
+    return model
+
+
+def bookkeeping():
+    return {"input_resolution": torch.tensor(32), "context_length": torch.tensor(77), "vocab_size": torch.tensor(20)}
+
+
+def save(state, path):
+    """Saves a state dict under this name, as the name's ending says."""
+    torch.save(state, path.with_suffix(".tmp"))
+    data = path.with_suffix(".tmp").read_bytes()
+    path.write_bytes(gzip.compress(data, 1) if path.suffix == ".gz" else data)
+    return path
+
+
+def save_archive(module, path, **methods):
+    """A TorchScript archive: of the traced methods, or of the whole module where no methods and inputs are given."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                 # torch.jit is deprecated, and says so
+        script = torch.jit.trace_module(module, methods) if methods else torch.jit.script(module)
+        script.save(str(path))
+    return path
+
+
+def jit_load(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.load(str(path))
+
+
+def clip_archive(model, path):
+    """The model as OpenAI publishes it: traced, and with three numbers among its weights."""
+    model = deepcopy(model)
+    del model.context_length
+    for name, value in bookkeeping().items():
+        model.register_buffer(name, value)
+    return save_archive(model, path, encode_image=torch.zeros(1, 3, 32, 32))
+
+
+def same(model, other):
+    ours, theirs = model.state_dict(), other.state_dict()
+    return list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.mark.parametrize("form", ["plain", "half", "gzipped", "old", "archive"])
+def test_every_form_of_a_file_gives_the_same_model(form, tmp_path):
+    model, path = small_clip(), tmp_path / "clip.pt"
+    state = model.state_dict() | bookkeeping()
+    if form == "plain":
+        save(state, path)
+    elif form == "half":
+        save({k: v.half() for k, v in state.items()}, path)
+    elif form == "gzipped":
+        path = save(state, tmp_path / "clip.pt.gz")
+    elif form == "old":                                                 # before torch 1.6 the file was no zip
+        torch.save(state, path, _use_new_zipfile_serialization=False)
+    elif form == "archive":
+        clip_archive(model, path)
+
+    loaded, preprocess = clip.load(path)
+    assert same(loaded, model)
+    assert clip.weights_hash(loaded) == clip.weights_hash(model)
+    assert all(p.dtype == torch.float32 and not p.requires_grad for p in loaded.parameters())
+    assert not loaded.training
+    assert preprocess(Image.new("RGB", (40, 50))).shape == (3, 32, 32)
+
+
+def test_the_hash_is_over_names_and_float32_values():
+    linear = nn.Linear(1, 1).half()
+    linear.weight.data.fill_(1.0)                                       # float32: 1 is 3F800000, -2 is C0000000
+    linear.bias.data.fill_(-2.0)
+    by_hand = b"bias" + bytes.fromhex("000000c0") + b"weight" + bytes.fromhex("0000803f")
+    assert clip.weights_hash(linear) == hashlib.sha256(by_hand).hexdigest()
+
+
+class Masked(nn.Module):
+    """Has what is easily read wrongly: half, a view, weights that are None, and a tensor that is no weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 1)
+        self.conv = nn.Conv2d(3, 8, 4).half()
+        self.view = nn.Parameter(torch.randn(6, 4)[1:5].t())
+        self.register_buffer("count", torch.tensor(7))
+        self.mask = torch.zeros(5, 5)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False, attn_mask=self.mask)[0] + self.count
+
+
+def test_an_archive_has_the_state_dict_that_torch_reads_in_it(tmp_path):
+    path = save_archive(Masked(), tmp_path / "masked.pt")
+    ours, theirs = loader.read_state_dict(path), jit_load(path).state_dict()
+    assert list(ours) == list(theirs) and "mask" not in ours
+    assert all(torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in ours)
+
+
+# ---- files that must not be trusted
+
+class Hostile(nn.Module):
+    """A TorchScript module that writes a file while it is loaded."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.weight, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]):
+        self.weight = state[0]
+        self.training = state[1]
+        torch.save(state[0], "written")
+
+    def forward(self, x):
+        return x
+
+
+class Command:
+    def __reduce__(self):
+        return os.system, ("touch written",)
+
+
+def refuse(path):
+    with pytest.raises(ValueError, match=f"{path.name}: cannot be read as weights"):
+        clip.load(path)
+    assert not Path("written").exists()
+
+
+def test_the_program_of_an_archive_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = save_archive(Hostile(), tmp_path / "hostile.pt")
+    jit_load(path)
+    assert Path("written").exists()                                     # it does write where it is run
+    Path("written").unlink()
+    refuse(path)
+
+
+def test_a_command_in_a_pickle_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weight": Command()}, "command.pt")
+    refuse(Path("command.pt"))
+    with zipfile.ZipFile("archive.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"weight": Command()}))
+        archive.writestr("archive/constants.pkl", b"")
+    refuse(Path("archive.pt"))
+
+
+@pytest.mark.parametrize("ending", [".pt", ".pt.gz", ".archive.pt"])
+def test_truncated_and_damaged_files_are_refused(ending, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path("clip" + ending)
+    if ending == ".archive.pt":
+        clip_archive(small_clip(), path)
+    else:
+        save(small_clip().state_dict(), path)
+    whole = path.read_bytes()
+    for data in (whole[: len(whole) // 2], whole[:-30], whole[:100], b"", b"junk" * 100, b"PK\x03\x04 and no more"):
+        path.write_bytes(data)
+        refuse(path)
+
+
+# ---- files of other things
+
+def test_what_is_no_state_dict_is_refused(tmp_path):
+    for content in ({"state_dict": small_clip().state_dict()}, [torch.zeros(1)], {0: torch.zeros(1)}, torch.zeros(1)):
+        with pytest.raises(ValueError, match="other.pt: holds no plain state dict"):
+            clip.load(save(content, tmp_path / "other.pt"))
+
+
+def test_a_file_that_is_no_clip_is_named(tmp_path):
+    state = small_clip().state_dict()
+    with pytest.raises(ValueError, match="linear.pt: these weights are no CLIP"):
+        clip.load(save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pt"))
+    with pytest.raises(ValueError, match="resnet.pt: .*ResNet"):
+        clip.load(save({"visual.layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pt"))
+    del state["visual.ln_post.bias"]
+    with pytest.raises(ValueError, match="part.pt: .*missing visual.ln_post.bias"):
+        clip.load(save(state, tmp_path / "part.pt"))
+
+
+def test_unknown_names_are_told_the_known_ones():
+    for name in ("ViT-B/99", "nowhere/clip.pt"):
+        with pytest.raises(FileNotFoundError, match=f"'{name}'.* ViT-B/16, ViT-B/32, ViT-L/14, tiny, .*path"):
+            clip.load(name)
+    for name in ("RN50", "RN50x64"):
+        with pytest.raises(ValueError, match=f"{name} has a ResNet"):
+            clip.load(name)
+
+
+def test_missing_tiny_weights_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "TINY", tmp_path / "tiny.pt.gz")
+    with pytest.raises(FileNotFoundError, match="tiny.pt.gz is missing"):
+        clip.load("tiny")
+    model = small_clip()
+    save(model.state_dict(), loader.TINY)
+    assert same(clip.load("tiny")[0], model)
+
+
+# ---- downloads, from this machine itself
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers each request with the next of `answers`, (status, body, promised length), the last one for ever."""
+
+    def __init__(self, answers):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers, self.requests = answers, 0
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        status, body, length = self.server.answers[min(self.server.requests, len(self.server.answers) - 1)]
+        self.server.requests += 1
+        self.send_response(status)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def publish(tmp_path, monkeypatch):
+    """publish(data, answers): makes ViT-B/16 a file of these bytes on a loopback server; the cache is empty."""
+    servers = []
+
+    def start(data, *answers):
+        server = Server([(200, data, len(data)), *answers][bool(answers):])
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        servers.append(server)
+        server.url = f"http://127.0.0.1:{server.server_port}/{hashlib.sha256(data).hexdigest()}/ViT-B-16.pt"
+        monkeypatch.setitem(loader.PUBLISHED, "ViT-B/16", server.url)
+        return server
+
+    monkeypatch.setenv("CLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def cached(tmp_path):
+    return sorted(path.name for path in (tmp_path / "cache").glob("*"))
+
+
+def test_a_published_file_is_downloaded_once(publish, tmp_path, capfd):
+    model = small_clip()
+    server = publish(clip_archive(model, tmp_path / "published.pt").read_bytes())
+    for _ in range(2):
+        assert same(clip.load("ViT-B/16")[0], model)
+    assert server.requests == 1
+    assert cached(tmp_path) == ["ViT-B-16.pt"]
+    assert capfd.readouterr().err == f"downloading {server.url}\n"
+
+
+@pytest.mark.parametrize("answer, error, words", [
+    ((404, b"", 0), ConnectionError, "cannot download http.*ViT-B-16.pt to .*404.* put it there"),
+    ((200, b"weig", 7), ConnectionError, "only 4 of 7 bytes"),
+    ((200, b"another", 7), ValueError, "sent a file with SHA-256"),
+])
+def test_a_failed_download_leaves_nothing(answer, error, words, publish, tmp_path):
+    publish(b"weights", answer)
+    with pytest.raises(error, match=words):
+        clip.load("ViT-B/16")
+    assert cached(tmp_path) == []
+
+
+def test_without_a_connection_the_error_says_where_to_put_the_file(publish, tmp_path):
+    server = publish(b"weights")
+    server.server_close()
+    with pytest.raises(ConnectionError, match=f"cannot download {server.url} to .*cache/ViT-B-16.pt"):
+        clip.load("ViT-B/16")
+
+
+def test_an_interrupted_download_leaves_nothing(publish, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    publish(b"weights")
+    monkeypatch.setattr(loader.os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        clip.load("ViT-B/16")
+    assert cached(tmp_path) == []
+
+
+def test_a_cached_file_with_a_wrong_hash_is_named_and_kept(publish, tmp_path):
+    server = publish(b"weights")
+    path = tmp_path / "cache" / "ViT-B-16.pt"
+    path.parent.mkdir()
+    path.write_bytes(b"another")
+    found, expected = (hashlib.sha256(data).hexdigest() for data in (b"another", b"weights"))
+    with pytest.raises(ValueError, match=f"{path} has SHA-256 {found}, .* {expected}: delete the file"):
+        clip.load("ViT-B/16")
+    assert path.read_bytes() == b"another" and server.requests == 0
+
+
+def test_only_a_published_archive_may_run_when_the_reader_fails(tmp_path, monkeypatch):
+    def fail(path):
+        raise ValueError("the reader failed")
+
+    model = small_clip()
+    path = clip_archive(model, tmp_path / "clip.pt")
+    monkeypatch.setattr(loader, "read_state_dict", fail)
+    with pytest.raises(ValueError, match="clip.pt: the reader failed"):
+        clip.load(path)
+    monkeypatch.setitem(loader.PUBLISHED, "ViT-B/16", f"https://example.org/{loader.sha256(path)}/clip.pt")
+    assert same(clip.load(path)[0], model)
+
+
+def fetch_as_rank(rank, url, folder):
+    """What one of two processes of a torchrun gets: leaves the path or the error in the folder."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    try:
+        said = str(loader.fetch(url))
+    except ConnectionError as error:
+        said = f"failed: {error}"
+    Path(folder, f"rank{rank}").write_text(said)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("answers, expected", [((), "cache/ViT-B-16.pt"), (((404, b"", 0),), "failed: cannot download")],
+                         ids=["it comes", "it does not"])
+def test_of_two_processes_one_downloads_and_both_get_what_comes(answers, expected, publish, tmp_path):
+    server = publish(b"weights", *answers)
+    mp.spawn(fetch_as_rank, (server.url, str(tmp_path)), nprocs=2)
+    assert server.requests == 1
+    for rank in range(2):
+        assert expected in (tmp_path / f"rank{rank}").read_text()
+
+
+def test_the_published_table_is_well_formed():
+    assert clip.available_models() == ["ViT-B/16", "ViT-B/32", "ViT-L/14", "tiny"]
+    for name, url in loader.PUBLISHED.items():
+        assert url.startswith("https://") and url.endswith(f"/{name.replace('/', '-')}.pt")
+        assert len(bytes.fromhex(loader.published_hash(url))) == 32
+
+
+# ---- preprocessing
+
+def plain(mode, size=(50, 40)):
+    """A picture of the one colour (255, 0, 51), or of grey 51, in this mode."""
+    image = Image.new("RGB", size, (255, 0, 51))
+    if mode == "RGBA":
+        image.putalpha(255)
+    elif mode == "P":
+        image = image.quantize(2)
+    elif mode == "L":
+        image = Image.new("L", size, 51)
+    elif mode == "CMYK":
+        image = Image.new("CMYK", size, (0, 255, 204, 0))              # 255 minus red, green and blue; no black
+    return image
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "CMYK"])
+def test_a_picture_of_one_colour_stays_so(mode):
+    image = plain(mode)
+    assert image.mode == mode
+    red, green, blue = (51, 51, 51) if mode == "L" else (255, 0, 51)
+    expected = [(red / 255 - 0.48145466) / 0.26862954,                  # CLIP's mean and deviation of each channel
+                (green / 255 - 0.4578275) / 0.26130258,
+                (blue / 255 - 0.40821073) / 0.27577711]
+    pixels = clip.preprocess(16)(image)
+    torch.testing.assert_close(pixels, torch.tensor(expected)[:, None, None].expand(3, 16, 16))
+
+
+@pytest.mark.parametrize("size", [(24, 8), (8, 24), (72, 24)])
+def test_the_middle_square_is_kept(size):
+    image = Image.new("L", size)
+    image.paste(255, (size[0] // 3, 0, 2 * size[0] // 3, size[1]) if size[0] > size[1] else (0, 8, 8, 16))
+    pixels = clip.preprocess(8)(image)                                  # the shorter side becomes 8
+    white = torch.tensor([(1 - m) / s for m, s in zip(loader.MEAN, loader.STD)])
+    assert pixels.shape == (3, 8, 8)
+    torch.testing.assert_close(pixels[:, 2:6, 2:6], white[:, None, None].expand(3, 4, 4), atol=0.05, rtol=0)
+
+
+def test_preprocessing_can_be_sent_to_workers():
+    again = pickle.loads(pickle.dumps(clip.preprocess(16)))
+    assert torch.equal(again(plain("RGB")), clip.preprocess(16)(plain("RGB")))
