@@ -1,0 +1,135 @@
+"""Eq. 9: the transport plan, by hand, by its properties and against an independent solver."""
+
+import math
+
+import pytest
+import torch
+
+from sinkhorn import sinkhorn
+
+
+def test_two_by_two_by_hand():
+    # cost [[0, 1], [1, 0]], uniform marginals. The plan is exp(f_k + g_l - cost_kl / eps), and by symmetry
+    # [[q, 1/2 - q], [1/2 - q, q]] with q / (1/2 - q) = e^(1/eps). For eps = 1 / ln 3 that ratio is 3: q = 3/8.
+    plan = sinkhorn(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), epsilon=1 / math.log(3), n_iters=1)
+    torch.testing.assert_close(plan, torch.tensor([[3 / 8, 1 / 8], [1 / 8, 3 / 8]]))
+
+
+def test_uneven_marginals_by_hand():
+    # One column takes everything: plan = a. Two columns with equal cost share each row in the ratio of b.
+    a, b = torch.tensor([0.2, 0.8]), torch.tensor([0.25, 0.75])
+    torch.testing.assert_close(sinkhorn(torch.tensor([[3.0], [7.0]]), a, torch.ones(1)), a[:, None])
+    # 0.2 * 0.25 = 0.05, 0.2 * 0.75 = 0.15, 0.8 * 0.25 = 0.2, 0.8 * 0.75 = 0.6
+    torch.testing.assert_close(sinkhorn(torch.zeros(2, 2), a, b), torch.tensor([[0.05, 0.15], [0.2, 0.6]]))
+
+
+def test_first_iteration_by_hand():
+    # K = 2, L = 2, eps = 1, kernel e^-cost = [[1, 1/2], [1/4, 1]] (cost ln of its inverse), uniform marginals.
+    # rows first:    divide row 1 by 2 (1 + 1/2) = 3, row 2 by 2 (1/4 + 1) = 5/2 -> [[1/3, 1/6], [1/10, 2/5]]
+    # columns next:  sums 13/30 and 17/30, to be 1/2 each -> times 15/13 and 15/17
+    cost = torch.tensor([[1.0, 2.0], [4.0, 1.0]], dtype=torch.float64).log()
+    expected = torch.tensor([[1 / 3 * 15 / 13, 1 / 6 * 15 / 17], [1 / 10 * 15 / 13, 2 / 5 * 15 / 17]], dtype=torch.float64)
+    torch.testing.assert_close(sinkhorn(cost, epsilon=1.0, n_iters=1), expected)
+
+
+def test_plan_is_the_entropic_optimum():
+    # Any plan of the form diag(u) exp(-cost / eps) diag(v) with the right marginals is the one optimum: then
+    # log plan + cost / eps is a sum of a row term and a column term, so its double differences vanish.
+    cost = torch.rand(5, 3, dtype=torch.float64)
+    potential = sinkhorn(cost, epsilon=0.1, n_iters=300).log() + cost / 0.1
+    double_difference = potential - potential[:1] - potential[:, :1] + potential[0, 0]
+    torch.testing.assert_close(double_difference, torch.zeros_like(cost), atol=1e-9, rtol=0)
+
+
+def test_marginals_hold():
+    # costs all over [0, 1] at epsilon 0.1 are far harder than cosines of patches and prompts, hence 300 iterations
+    a, b = torch.tensor([0.1, 0.2, 0.3, 0.15, 0.25]), torch.tensor([0.7, 0.3])
+    plan = sinkhorn(torch.rand(64, 5, 2), a, b, n_iters=300)
+    torch.testing.assert_close(plan.sum(-2), b.expand(64, 2))
+    torch.testing.assert_close(plan.sum(-1), a.expand(64, 5), atol=1e-5, rtol=0)
+
+
+def test_columns_are_exact_after_any_number_of_iterations():
+    for n_iters in (1, 2, 20):
+        torch.testing.assert_close(sinkhorn(torch.rand(8, 5, 3), n_iters=n_iters).sum(-2), torch.full((8, 3), 1 / 3))
+
+
+def test_more_iterations_bring_rows_closer():
+    cost = torch.rand(10, 4, dtype=torch.float64)
+    errors = [(sinkhorn(cost, n_iters=n).sum(-1) - 0.1).abs().max().item() for n in (1, 5, 20, 80)]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-6 < errors[0]
+
+
+def test_marginals_may_differ_from_problem_to_problem():
+    a = torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]])
+    plan = sinkhorn(torch.rand(2, 3, 4), a, n_iters=100)
+    torch.testing.assert_close(plan.sum(-1), a, atol=1e-5, rtol=0)
+    assert plan[0, 2].eq(0).all()                       # a row of weight 0 carries nothing, and is no NaN
+
+
+def test_constants_added_to_rows_or_columns_change_nothing():
+    cost = torch.rand(6, 4, dtype=torch.float64)
+    shifted = cost + torch.rand(6, 1, dtype=torch.float64) + torch.rand(4, dtype=torch.float64)
+    torch.testing.assert_close(sinkhorn(cost, n_iters=500), sinkhorn(shifted, n_iters=500))
+
+
+def test_renumbered_patches_and_prompts_give_the_renumbered_plan():
+    cost, rows, columns = torch.rand(6, 4), torch.randperm(6), torch.randperm(4)
+    torch.testing.assert_close(sinkhorn(cost)[rows][:, columns], sinkhorn(cost[rows][:, columns]))
+
+
+def test_large_epsilon_is_uniform_and_small_epsilon_an_assignment():
+    cost = torch.tensor([[0.9, 0.1, 0.8], [0.2, 0.7, 0.9], [0.8, 0.9, 0.3]])
+    torch.testing.assert_close(sinkhorn(cost, epsilon=1e4), torch.full((3, 3), 1 / 9), atol=1e-5, rtol=0)
+    # cheapest permutation: row 0 -> column 1, row 1 -> 0, row 2 -> 2, each with its mass of 1/3
+    cheapest = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 1]]) / 3
+    torch.testing.assert_close(sinkhorn(cost, epsilon=0.01, n_iters=200), cheapest, atol=1e-4, rtol=0)
+
+
+def test_no_nan_at_tiny_epsilon():
+    # exp(-1.5 / 0.001) is 0 in every floating format: only the log domain survives this
+    plan = sinkhorn(torch.rand(10, 4) * 1.5, epsilon=0.001, n_iters=500)
+    assert plan.isfinite().all()
+    torch.testing.assert_close(plan.sum(-2), torch.full((4,), 0.25))
+
+
+def test_one_problem_does_not_depend_on_the_others():
+    cost = torch.rand(3, 7, 10, 4)
+    batched = sinkhorn(cost)
+    assert batched.shape == cost.shape
+    for i in range(3):
+        for j in range(7):
+            torch.testing.assert_close(batched[i, j], sinkhorn(cost[i, j]), atol=1e-7, rtol=1e-5)
+
+
+def test_gradient_of_the_entropic_value_is_the_plan():
+    # envelope theorem: d/dcost of min_P <P, cost> + eps sum P (log P - 1) is P
+    cost = torch.rand(5, 2, dtype=torch.float64, requires_grad=True)
+    plan = sinkhorn(cost, epsilon=0.1, n_iters=500)
+    value = (plan * cost).sum() + 0.1 * (plan * (plan.log() - 1)).sum()
+    gradient, = torch.autograd.grad(value, cost)
+    torch.testing.assert_close(gradient, plan.detach())
+
+
+def test_gradient_through_the_iterations_equals_finite_differences():
+    cost = torch.rand(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda c: sinkhorn(c, epsilon=0.2, n_iters=7), cost)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_and_autocast_compute_in_float32(dtype):
+    cost = torch.rand(10, 4).to(dtype)
+    expected = sinkhorn(cost.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plan = sinkhorn(cost)
+    assert plan.dtype == torch.float32
+    torch.testing.assert_close(plan, expected, atol=0, rtol=0)
+    assert sinkhorn(cost.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("options, complaint", [
+    (dict(epsilon=0.0), "epsilon > 0"), (dict(n_iters=0), "n_iters >= 1"),
+    (dict(a=torch.full((3,), 1 / 3)), "marginal a has 3 entries"), (dict(b=torch.ones(2)), "differ in mass")])
+def test_bad_input_is_named(options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        sinkhorn(torch.rand(4, 2), **options)
