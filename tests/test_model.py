@@ -14,7 +14,7 @@ from conftest import random_clip
 
 def test_vv_attention_by_hand():
     # One head of width 2, two tokens (1, -1) and (-1, 1), which ln_1 leaves as they are (mean 0, variance 1).
-    # W_v picks the first coordinate times c: V = (c, 0) and (-c, 0), so V V^T / sqrt(2) = c^2 / sqrt(2) [[1, -1], [-1, 1]].
+    # W_v picks the first coordinate times c: V = (c, 0), (-c, 0), so V V^T / sqrt(2) = c^2 / sqrt(2) [[1, -1], [-1, 1]].
     # Softmax of a row: (s, 1 - s) with s = sigmoid(sqrt(2) c^2). c^2 = ln(3) / sqrt(2) makes s = 3/4,
     # and Y = (3/4 - 1/4) V = V / 2. Output projection: twice the identity plus the bias (10, 20).
     # Z_1 = Z_0 + Proj(Y) = Z_0 + (+-c, 0) + (10, 20), for a Z_0 of ((5, 6), (7, 8)).
@@ -35,8 +35,8 @@ def test_vv_stream_is_z0_plus_every_blocks_vv_attention(clip_model):
     tower, images = clip_model.visual, torch.randn(2, 3, 32, 32)
     x = z = tower.embed(images)
     for block in tower.transformer.resblocks:
-        h, (_, _, v_weight), (_, _, v_bias) = block.ln_1(x), block.attn.in_proj_weight.chunk(3), block.attn.in_proj_bias.chunk(3)
-        heads = (h @ v_weight.T + v_bias).unflatten(-1, (2, 64)).transpose(1, 2)              # (B, H, 1+P, 64)
+        v_weight, v_bias = block.attn.in_proj_weight[256:], block.attn.in_proj_bias[256:]    # after those of Q and K
+        heads = (block.ln_1(x) @ v_weight.T + v_bias).unflatten(-1, (2, 64)).transpose(1, 2)              # (B, H, 1+P, 64)
         attention = (heads @ heads.transpose(-1, -2) / 8).softmax(-1)                        # sqrt(64) = 8
         z = z + block.attn.out_proj((attention @ heads).transpose(1, 2).flatten(2))
         x = block(x)
@@ -61,8 +61,9 @@ def reference_stream(transformer, x, causal=False):
 def test_image_features_equal_the_reference(clip_model):
     images, tower = torch.randn(2, 3, 32, 32), clip_model.visual
     tokens = reference_stream(tower.transformer, tower.embed(images))
-    torch.testing.assert_close(clip_model.encode_image(images), tower.ln_post(tokens[:, 0]) @ tower.proj, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(clip_model.encode_patches(images, "qk")[1], tower.ln_post(tokens[:, 1:]), atol=1e-4, rtol=1e-4)
+    for found, expected in ((clip_model.encode_image(images), tower.ln_post(tokens[:, 0]) @ tower.proj),
+                            (clip_model.encode_patches(images, "qk")[1], tower.ln_post(tokens[:, 1:]))):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_text_features_equal_the_reference_over_all_77_tokens(clip_model):
@@ -90,7 +91,8 @@ def test_value_stream_ignores_the_other_tokens_of_the_last_block():
     a, b = (model.encode_patches(x, "value")[1][0] for x in (image, other))
     assert not torch.allclose(a[0], b[0]) and torch.equal(a[1:], b[1:])
     block, tokens = model.visual.transformer.resblocks[0], model.visual.embed(image)
-    h = tokens + block.attn.out_proj(block.ln_1(tokens) @ block.attn.in_proj_weight[256:].T + block.attn.in_proj_bias[256:])
+    v = block.ln_1(tokens) @ block.attn.in_proj_weight[256:].T + block.attn.in_proj_bias[256:]
+    h = tokens + block.attn.out_proj(v)
     h = h + block.mlp(block.ln_2(h))
     torch.testing.assert_close(a, model.visual.ln_post(h[0, 1:]), atol=1e-4, rtol=1e-4)
 
@@ -127,7 +129,20 @@ def test_state_dict_builds_the_model_it_came_from(clip_model):
 def test_clip_stays_frozen_and_in_evaluation_mode(clip_model):
     clip_model.train()
     nn.Sequential(clip_model).train()
-    assert not any(m.training for m in clip_model.modules()) and not any(p.requires_grad for p in clip_model.parameters())
+    assert not any(module.training for module in clip_model.modules())
+    assert not any(p.requires_grad for p in clip_model.parameters())
+
+
+def test_matrices_in_half_precision_give_nearly_the_same_features(clip_model):
+    images, tokens = torch.randn(2, 3, 32, 32), clip.tokenize(["a cat", "a dog"])
+    patches, text = clip_model.encode_patches(images)[1], clip_model.encode_text(tokens)
+    clip_model.store_matrices(torch.bfloat16)
+    assert clip_model.transformer.resblocks[0].attn.in_proj_weight.dtype == torch.bfloat16
+    assert clip_model.ln_final.weight.dtype == clip_model.token_embedding.weight.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = clip_model.encode_patches(images)[1], clip_model.encode_text(tokens)
+    for found, expected in zip(again, (patches, text)):                  # bfloat16 has 8 bits: 0.4 % per rounding
+        assert torch.nn.functional.cosine_similarity(found.float(), expected, dim=-1).min() > 0.99
 
 
 @pytest.mark.parametrize("change, complaint", [

@@ -28,7 +28,7 @@ def test_first_iteration_by_hand():
     # rows first:    divide row 1 by 2 (1 + 1/2) = 3, row 2 by 2 (1/4 + 1) = 5/2 -> [[1/3, 1/6], [1/10, 2/5]]
     # columns next:  sums 13/30 and 17/30, to be 1/2 each -> times 15/13 and 15/17
     cost = torch.tensor([[1.0, 2.0], [4.0, 1.0]], dtype=torch.float64).log()
-    expected = torch.tensor([[1 / 3 * 15 / 13, 1 / 6 * 15 / 17], [1 / 10 * 15 / 13, 2 / 5 * 15 / 17]], dtype=torch.float64)
+    expected = torch.tensor([[1 / 3 * 15 / 13, 1 / 6 * 15 / 17], [1 / 10 * 15 / 13, 2 / 5 * 15 / 17]]).double()
     torch.testing.assert_close(sinkhorn(cost, epsilon=1.0, n_iters=1), expected)
 
 

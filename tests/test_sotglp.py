@@ -121,7 +121,8 @@ def test_each_image_has_its_own_kept_prompts():
         torch.testing.assert_close(together[b], text[:, kept[b, 0]] @ image[b])
 
 
-@pytest.mark.parametrize("n_global, dropout, kept", [(4, 0.75, 1), (4, 0.0, 4), (4, 0.5, 2), (3, 0.75, 1), (8, 0.75, 2), (4, 1.0, 1)])
+@pytest.mark.parametrize("n_global, dropout, kept", [(4, 0.75, 1), (4, 0.0, 4), (4, 0.5, 2), (3, 0.75, 1),
+                                                     (8, 0.75, 2), (4, 1.0, 1)])
 def test_dropout_keeps_distinct_prompts(n_global, dropout, kept):
     # max(1, G - int(dropout G)): 4 - 3, 4 - 0, 4 - 2, 3 - int(2.25) = 1, 8 - 6, max(1, 4 - 4)
     draws = draw_prompts(200, n_global, dropout)
@@ -261,6 +262,13 @@ def test_without_vv_the_patches_are_ordinary_tokens(clip_model):
     _, patches = SOTGLP(clip_model, NAMES, vv_attention=False).encode_images(images)
     _, tokens = clip_model.encode_patches(images, "qk")
     torch.testing.assert_close(patches, unit(tokens @ clip_model.visual.proj), atol=1e-5, rtol=1e-4)
+
+
+def test_features_at_hand_serve_in_place_of_images(model):
+    images, kept = torch.randn(3, 3, 32, 32), torch.tensor([[0], [2], [1]])
+    features = model.clip.encode_patches(images)
+    for a, b in zip(model(images, kept), model(features, kept)):
+        assert torch.equal(a, b)
 
 
 def test_score_of_an_image_ignores_its_batch(model):

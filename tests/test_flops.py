@@ -1,0 +1,64 @@
+"""No arithmetic is wasted: products of matrices are counted against the formula.
+
+Attention is left out: some versions of torch count it on CPU, some do not, and it is a small part.
+"""
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from conftest import random_clip
+from sotglp import SOTGLP, local_logits
+
+W, LAYERS, P, D = 128, 2, 16, 32           # of the random CLIP; both towers have the same width and depth
+BLOCK = 3 * W * W + W * W + 8 * W * W      # multiplications per token: Q, K, V; output projection; perceptron
+
+
+def multiplications(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(n for op, n in counts.items() if "attention" not in str(op)) / 2   # a product and a sum count as two
+
+
+def test_second_stream_costs_one_output_projection_per_block(clip_model):
+    images, tokens = torch.randn(2, 3, 32, 32), 2 * (1 + P)
+    embedding = 2 * P * 3 * 8 * 8 * W
+    assert multiplications(lambda: clip_model.encode_patches(images, "qk")) == embedding + tokens * LAYERS * BLOCK
+    assert multiplications(lambda: clip_model.encode_patches(images)) == embedding + tokens * LAYERS * (BLOCK + W * W)
+
+
+def test_text_tower_sees_no_token_behind_the_longest_name_of_a_chunk(clip_model):
+    # names of 1, 1, 2 and 3 tokens; with [SOS], 4 prompt tokens and [EOT] that is 7, 7, 8 and 9
+    names, prompts = ["cat", "annual crop land", "dog", "sea lake"], 8
+    for chunk, longest in {200: (9, 9, 9, 9), 2: (7, 7, 9, 9), 1: (7, 7, 8, 9)}.items():
+        model = SOTGLP(clip_model, names, text_chunk=chunk)
+        expected = prompts * (sum(longest) * LAYERS * BLOCK + len(names) * W * D)
+        assert multiplications(lambda: model.encode_prompts()) == expected
+
+
+def test_frozen_weights_get_no_gradient_work(clip_model):
+    # backward asks for the gradient of every product's input and for none of its weights: as much again, not twice
+    model = SOTGLP(clip_model, ["cat", "dog"])
+    forward = multiplications(lambda: model.encode_prompts())
+    both = multiplications(lambda: sum(text.sum() for text in model.encode_prompts()).backward())
+    assert both == 2 * forward
+
+
+def test_local_projection_is_folded_into_the_joint_one(clip_model):
+    # (W, W) @ (W, D) once, then P tokens times (W, D) per image; unfolded, P tokens times (W, W) would come on top
+    model, B = SOTGLP(clip_model, ["cat", "dog"]), 3
+    cls, patches = torch.randn(B, W), torch.randn(B, P, W)
+    assert multiplications(lambda: model.encode_images((cls, patches))) == B * W * D + W * W * D + B * P * W * D
+
+
+def test_matching_costs_one_product_of_patches_and_prompts():
+    B, C, L = 3, 5, 4
+    patches, text = torch.randn(B, P, D), torch.randn(C, L, D)
+    assert multiplications(lambda: local_logits(patches, text, 1.0, 5)) == B * P * C * L * D
+
+
+def test_deeper_towers_cost_in_proportion():
+    shallow, deep = (random_clip(layers=n) for n in (1, 3))
+    images = torch.randn(1, 3, 32, 32)
+    few, many = (multiplications(lambda m=m: m.encode_patches(images)) for m in (shallow, deep))
+    assert many - few == 2 * (1 + P) * (BLOCK + W * W)
