@@ -1,0 +1,384 @@
+"""The images: where they lie, which of them are drawn, and how they reach the model. It knows no model.
+
+    python data.py --dataset eurosat --data-root DIR --download      fetch pictures and lists
+    python data.py --dataset eurosat --data-root DIR --check         look at every picture that the lists name
+
+Read it from DATASETS (what exists) through `load` (lists of pictures) and the two draws to `Pictures`, `Batches`
+and the loaders (tensors). A picture is an item `(path, label, class name)` everywhere.
+"""
+
+import functools
+import itertools
+import json
+import os
+import random
+import re
+import zlib
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torchvision import transforms
+
+import critters
+import download
+
+
+# ---- the data sets -------------------------------------------------------------------------------------------
+
+class Row(NamedTuple):
+    """What is known of a data set before one looks at it."""
+    template: str              # the hand-written prompt of zero-shot CLIP, CoOp's
+    classes: int = None
+    sizes: tuple = None        # train, val, test images
+    zero_shot: float = None    # published accuracy of the template with ViT-B/16, percent (GalLoP's README)
+    pictures: str = ""         # what lies in the picture folder
+    layouts: tuple = ()        # (folder of the lists, picture folder in it): CoOp's, torchvision's; the first found
+    lists: tuple = ()          # the files without which the pictures mean nothing
+    digest: str = None         # of CoOp's split file: sha256, or git's blob id (40 digits) where only that is known
+
+
+DATASETS = {
+    "critters": Row("a photo of a {}.", len(critters.CLASSES),
+        tuple(len(critters.CLASSES) * count for count in critters.POOL.values())),
+    "folder": Row("a photo of a {}.", layouts=(("", ""),),
+        pictures="{train,test}/<class>/*.jpg   or only <class>/*.jpg, of which half is held out"),
+    "imagenet": Row("a photo of a {}.", 1000, (1281167, 0, 50000), 66.7, "{train,val}/<wnid>/*.JPEG",
+        (("imagenet", "images"), ("imagenet", "")), ("classnames.txt",)),
+    "fgvc_aircraft": Row("a photo of a {}, a type of aircraft.", 100, (3334, 3333, 3333), 24.8, "<7 digits>.jpg",
+        (("fgvc_aircraft", "images"), ("fgvc-aircraft-2013b/data", "images")),
+        ("variants.txt", "images_variant_train.txt", "images_variant_val.txt", "images_variant_test.txt")),
+    "caltech101": Row("a photo of a {}.", 100, (4128, 1649, 2465), 92.2, "<class>/image_*.jpg",
+        (("caltech-101", "101_ObjectCategories"), ("caltech101", "101_ObjectCategories")),
+        ("split_zhou_Caltech101.json",), "52ce83205ff8ff8a1a18119aad6376120ae35c36e783a984bc560cbf10e73fa5"),
+    "oxford_pets": Row("a photo of a {}, a type of pet.", 37, (2944, 736, 3669), 88.4, "<breed>_*.jpg",
+        (("oxford_pets", "images"), ("oxford-iiit-pet", "images")), ("split_zhou_OxfordPets.json",),
+        "d7f3ffe65b3919f95132e51422894ae18686b83c331fd8c0adcdc3dc2de6301e"),
+    "stanford_cars": Row("a photo of a {}.", 196, (6509, 1635, 8041), 65.5, "{cars_train,cars_test}/*.jpg",
+        (("stanford_cars", ""),), ("split_zhou_StanfordCars.json",),
+        "40acee7aa65c8e4727a32d90e884b7c3f8960b523422317e163f7af65432959d"),
+    "oxford_flowers": Row("a photo of a {}, a type of flower.", 102, (4093, 1633, 2463), 70.7, "image_*.jpg",
+        (("oxford_flowers", "jpg"), ("flowers-102", "jpg")), ("split_zhou_OxfordFlowers.json",),
+        "2f50c42fc1a17ca13c271cb4269b1347bdb43d2be672e34f74a4e4cbfbcca794"),
+    "food101": Row("a photo of {}, a type of food.", 101, (50500, 20200, 30300), 84.8, "<class>/*.jpg",
+        (("food-101", "images"),), ("split_zhou_Food101.json",),
+        "39557040ee6501bd32aa8b5dfd75f7941a32f0a7"),
+    "sun397": Row("a photo of a {}.", 397, (15880, 3970, 19850), 62.3, "<letter>/<scene>/sun_*.jpg",
+        (("sun397", "SUN397"), ("SUN397", "")), ("split_zhou_SUN397.json",),
+        "8d5725db8f70bcf02245665304f863e68f96a24c"),
+    "dtd": Row("{} texture.", 47, (2820, 1128, 1692), 44.1, "<class>/*.jpg",
+        (("dtd", "images"), ("dtd", "dtd/images")), ("split_zhou_DescribableTextures.json",),
+        "f26ebeccd2b58e68d70f07a0dc39fe49bf7b69024bac34396b954dfd87969c38"),
+    "eurosat": Row("a centered satellite photo of {}.", 10, (13500, 5400, 8100), 48.3, "<Class>/*.jpg",
+        (("eurosat", "2750"),), ("split_zhou_EuroSAT.json",),
+        "541503a77d0b26b735d85ec7a3e672804fe0aa466c2e5f07da772cc6c0af8ad2"),
+    "ucf101": Row("a photo of a person doing {}.", 101, (7639, 1898, 3783), 64.7, "<Class>/*.jpg",
+        (("ucf101", "UCF-101-midframes"),), ("split_zhou_UCF101.json",),
+        "d78cb834f7c5792ceaff2c5ee2d7c76a9e4086e48a3a6b01232989d29cbefdd8"),
+}
+
+
+def default_root():
+    """Where data sets are looked for when nothing is said: $DATA_ROOT, else ./data."""
+    return os.environ.get("DATA_ROOT", "data")
+
+
+def template(name):
+    """The hand-written prompt of a data set, with one {} for the class name (its underscores become spaces)."""
+    return DATASETS[name].template
+
+
+# ---- from a name to lists of items ---------------------------------------------------------------------------
+
+def load(name, root, shots, seed, sampler="exact"):
+    """The pictures to train on, to validate with and to test on -> train, val, test, class names.
+
+    Three lists of `(path, label, class name)`, and the names ordered by label, raw: underscores stay.
+    shots: images per class, drawn with `seed`; None or 0 means all. sampler: "exact" (CoOp's k-shot) or
+    "proportional" (the released code's). Validation gets min(shots, 4) per class from the same random stream.
+    Raises FileNotFoundError, with the folder looked in and the tree expected, where anything named is not there.
+    """
+    lists, class_names = read_lists(name, root, seed)
+    if shots:
+        rng = random.Random(seed)          # one stream: train draws first, then validation
+        draw = {"exact": few_shot, "proportional": proportional}[sampler]
+        lists["train"] = draw(lists["train"], shots, rng)
+        lists["val"] = few_shot(lists["val"], min(shots, 4), rng)
+    for part, items in lists.items():
+        # why not all: the items of the other three come from looking at the disk, or are drawn
+        gone = [] if name in ("critters", "folder", "imagenet") else download.missing(path for path, *_ in items)
+        if gone:
+            raise FileNotFoundError(f"{name}: {len(gone)} of {len(items)} {part} images missing, first: {gone[0]}\n"
+                                    + download.tree(name, DATASETS[name], root))
+    return *lists.values(), class_names
+
+
+def read_lists(name, root, seed=1):
+    """All that a data set names, there or not -> {"train": items, "val": items, "test": items}, class names."""
+    if name not in DATASETS:
+        raise ValueError(f"no data set is called {name!r}; there are {', '.join(DATASETS)}")
+    readers = {"critters": _critters, "folder": _folder, "imagenet": _imagenet, "fgvc_aircraft": _aircraft}
+    row, read = DATASETS[name], readers.get(name, _split)
+    try:
+        home, images = download.locate(row, root) if row.layouts else ("", "")
+        lists = dict(zip(("train", "val", "test"), read(row, home, images, seed)))
+    except FileNotFoundError as error:
+        what = f"there is no {error.filename}" if error.filename else error
+        raise FileNotFoundError(f"{name}: {what}\n" + download.tree(name, row, root)) from None
+    return lists, _class_names(name, lists)
+
+
+def _class_names(name, lists):
+    """Names ordered by the lists' own integer labels; two classes may share a name (ImageNet has two missiles)."""
+    names = {}
+    for path, label, class_name in itertools.chain(*lists.values()):
+        if names.setdefault(label, class_name) != class_name:
+            raise ValueError(f"{name}: label {label} is {names[label]!r} and, for {path}, {class_name!r}")
+    labels = sorted(names)
+    if labels != list(range(max(1, len(labels)))):
+        raise ValueError(f"{name}: labels should run from 0 without a gap, found {labels[:3]} ... {labels[-1:]}")
+    for part in ("train", "test"):
+        without = set(labels) - {label for _, label, _ in lists[part]}
+        if without:
+            raise ValueError(f"{name}: class {names[min(without)]!r} has no {part} image")
+    return [names[label] for label in labels]
+
+
+def _critters(row, home, images, seed):
+    """Drawn pictures have no files: `read_image` draws critters/<split>/<label>/<index>."""
+    return [[(f"critters/{part}/{label}/{index}", label, class_name)
+             for label, class_name in enumerate(critters.class_names()) for index in range(count)]
+            for part, count in critters.POOL.items()]
+
+
+def _split(row, home, images, seed):
+    """CoOp's split file: {"train": [[path, label, class name], ...], "val": ..., "test": ...}."""
+    path = f"{home}/{row.lists[0]}"
+    with open(path, encoding="utf-8") as file:
+        try:
+            parts = json.load(file)
+            return [[(f"{images}/{picture}", int(label), str(class_name)) for picture, label, class_name in parts[part]]
+                    for part in ("train", "val", "test")]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} should hold lists train, val and test of [path, label, class name]: "
+                             f"{type(error).__name__}: {error}") from error
+
+
+def _aircraft(row, home, images, seed):
+    """The data set's own lists, lines `<7 digits> <variant>`; the label is the variant's line in variants.txt.
+
+    differs: the released code trains on train and val together (6,667 images), the literature on train (3,334).
+    """
+    labels = {variant: label for label, variant in enumerate(_lines(f"{home}/variants.txt"))}
+    for path in (f"{home}/images_variant_{part}.txt" for part in ("train", "val", "test")):
+        names = _read_names(path)
+        unknown = set(names.values()) - set(labels)
+        if unknown:
+            raise ValueError(f"{path}: {min(unknown)!r} is none of the {len(labels)} variants of variants.txt")
+        yield [(f"{images}/{number}.jpg", labels[variant], variant) for number, variant in names.items()]
+
+
+def _imagenet(row, home, images, seed):
+    """Class folders; the label is the rank of the folder's WordNet id in classnames.txt.
+
+    differs: CoOp lists files in the disk's order, so that its draw varies from machine to machine; here file names
+    are sorted. CoOp also calls the 50,000 test pictures validation; here there is none.
+    """
+    names = _read_names(f"{home}/classnames.txt")
+    return _class_items(f"{images}/train", names), [], _class_items(f"{images}/val", names)
+
+
+def _folder(row, home, images, seed):
+    """Anybody's pictures: train/<class>/* and test/<class>/*, or only <class>/*, of which half is held out.
+
+    Names are the folders' with _ and - as spaces, or, where there is a classnames.txt, its lines `<folder> <name>`.
+    """
+    apart = os.path.isdir(f"{images}/train") and os.path.isdir(f"{images}/test")
+    train, given = f"{images}/train" if apart else images, f"{home}/classnames.txt"
+    names = _read_names(given) if os.path.exists(given) else {
+        folder: re.sub("[_-]", " ", folder) for folder in download.class_folders(train)}
+    items = _class_items(train, names)
+    if apart:
+        return items, [], _class_items(f"{images}/test", names)
+    rng = random.Random(seed)
+    test = {item for group in _by_label(items) for item in rng.sample(group, len(group) // 2)}
+    return [item for item in items if item not in test], [], [item for item in items if item in test]
+
+
+def _class_items(folder, names):
+    """Items of folder/<class>/*; the label is the class folder's rank in `names`, {class folder: class name}."""
+    found = download.class_folders(folder)
+    if set(found) != set(names):
+        unmatched = sorted(set(found) ^ set(names))
+        raise ValueError(f"{len(names)} class names for {len(found)} class folders in {folder}; "
+                         f"without counterpart: {', '.join(unmatched[:3])}{' ...' * (len(unmatched) > 3)}")
+    return [(path, label, names[at]) for label, at in enumerate(sorted(names)) for path in found[at]]
+
+
+def _read_names(path):
+    """Lines `<folder or picture> <class name>` -> {folder or picture: class name}; it names itself where none is."""
+    return {first: " ".join(name) or first for first, *name in (line.split(maxsplit=1) for line in _lines(path))}
+
+
+def _lines(path):
+    with open(path, encoding="utf-8-sig") as file:      # why -sig: editors on Windows begin a file with a mark
+        return [line.strip() for line in file if line.strip()]
+
+
+def split_matches_published(name, root):
+    """Whether the split file found is CoOp's, byte for byte; None where a data set has no split file."""
+    return download.is_published(DATASETS[name], root)
+
+
+# ---- drawing few shots ---------------------------------------------------------------------------------------
+
+def few_shot(items, shots, seed):
+    """Exactly `shots` items per class: CoOp's draw, in CoOp's order of drawing.
+
+    seed: an int, or the random.Random to go on drawing from. Raises ValueError where a class has fewer.
+    """
+    rng = seed if isinstance(seed, random.Random) else random.Random(seed)
+    drawn = []
+    for group in _by_label(items):
+        if len(group) < shots:
+            raise ValueError(f"class {group[0][2]!r} has {len(group)} images, fewer than the {shots} shots asked for")
+        drawn += rng.sample(group, shots)
+    return drawn
+
+
+def proportional(items, shots, seed):
+    """shots x classes items in all, each class by its share of the data: the released code's draw.
+
+    differs: the literature's k-shot is `few_shot`. Here a rare class gets few images or none (Caltech101, 1 shot: 26
+    of 100 classes). As in scikit-learn's StratifiedShuffleSplit, which the released code calls, shares are rounded
+    by largest remainder with ties broken at random; so class counts are its own up to ties, the images others.
+    """
+    rng = seed if isinstance(seed, random.Random) else random.Random(seed)
+    groups = _by_label(items)
+    total = shots * len(groups)
+    if total > len(items):
+        raise ValueError(f"{shots} shots of {len(groups)} classes are {total} images, but there are {len(items)}")
+    share, rest = zip(*(divmod(total * len(group), len(items)) for group in groups))
+    rounded_up = sorted(range(len(groups)), key=lambda i: (-rest[i], rng.random()))[:total - sum(share)]
+    return [item for i, group in enumerate(groups) for item in rng.sample(group, share[i] + (i in rounded_up))]
+
+
+def _by_label(items):
+    """Items of each label, labels in the order of their first appearance, which is CoOp's order."""
+    groups = {}
+    for item in items:
+        groups.setdefault(item[1], []).append(item)
+    return list(groups.values())
+
+
+# ---- from pictures to tensors --------------------------------------------------------------------------------
+
+DRAWN = re.compile(r"critters/(train|val|test)/(\d+)/(\d+)|critters/ood/(\w+)/(\d+)")
+
+
+def read_image(path):
+    """The picture at `path`, or the one that critters draws for it -> PIL image in its own mode.
+
+    CLIP converts to RGB after the crop, so that palettes are resized as CLIP resizes them.
+    Raises ValueError, naming the file, where it is not there or cannot be decoded to its end.
+    """
+    if DRAWN.fullmatch(path):
+        return _drawn(path)
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except Exception as error:   # why: Pillow raises OSError, SyntaxError, ValueError and its own, by format
+        raise ValueError(f"cannot read picture {path}: {type(error).__name__}: {error}") from error
+
+
+@functools.lru_cache(maxsize=4096)   # why: an epoch reads them again, and 4096 of them are 50 MB
+def _drawn(path):
+    split, label, index, odd, odd_index = DRAWN.fullmatch(path).groups()
+    return critters.ood_picture(odd, int(odd_index)) if odd else critters.picture(split, int(label), int(index))
+
+
+def train_transform(preprocess):
+    """CLIP's test transform -> the one for training: random crop and flip in place of resize and centre crop."""
+    _, centre_crop, *tail = preprocess.transforms       # tail: to RGB, to tensor, minus mean over deviation
+    crop = transforms.RandomResizedCrop(centre_crop.size, scale=(0.08, 1),
+                                        interpolation=transforms.InterpolationMode.BICUBIC)
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *tail])
+
+
+class Pictures(Dataset):
+    """Items as tensors: `pictures[i]` -> (image (3, R, R), label).
+
+    With a seed, for training, the index is a pair `(epoch, i)` and the crop depends on (seed, epoch, i) alone:
+    neither batch size nor workers nor world size change it.
+    """
+
+    def __init__(self, items, transform, seed=None):
+        self.items, self.transform, self.seed = items, transform, seed
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        epoch, i = index if isinstance(index, tuple) else (0, index)
+        path, label, _ = self.items[i]
+        image = read_image(path)
+        if self.seed is None:
+            return self.transform(image), label
+        with torch.random.fork_rng(devices=[]):
+            # why: torch.manual_seed would reseed CUDA too, which fork_rng(devices=[]) does not put back
+            torch.default_generator.manual_seed(_mix(self.seed, epoch, i))
+            return self.transform(image), label
+
+    def collate(self, samples):
+        """Samples -> images (n, 3, R, R), labels (n,); n is 0 for a rank that a small last batch leaves idle."""
+        if samples:
+            return default_collate(samples)
+        image, _ = self[0]           # why: only the transform knows R
+        return image.new_empty(0, *image.shape), torch.empty(0, dtype=torch.int64)
+
+
+class Batches(Sampler):
+    """Batches of an epoch's permutation, of each this rank's share, as lists of `(epoch, i)`.
+
+    The permutation depends on (seed, epoch) alone. The trainer sets `.epoch` before it iterates. Every rank gets as
+    many batches; in the last, smaller one its share may be empty.
+    """
+
+    def __init__(self, n, batch_size, seed, rank=0, world=1):
+        self.n, self.batch_size, self.seed, self.rank, self.world = n, batch_size, seed, rank, world
+        self.epoch = 0
+
+    def __len__(self):
+        return -(-self.n // self.batch_size)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
+        order = torch.randperm(self.n, generator=generator).tolist()
+        for start in range(0, self.n, self.batch_size):
+            batch = order[start:start + self.batch_size]
+            yield [(self.epoch, i) for i in batch[self.rank::self.world]]
+
+
+def _mix(*numbers):
+    """One seed out of several numbers, the same on every machine; 32 bits are all that torch's CPU generator takes."""
+    return zlib.crc32(repr(numbers).encode())
+
+
+def train_loader(pictures, batches, workers=0, device="cpu"):
+    """Batches of tensors. Workers live on through the epochs: what changes reaches them through the indices."""
+    return DataLoader(pictures, batch_sampler=batches, collate_fn=pictures.collate, num_workers=workers,
+                      pin_memory=torch.device(device).type == "cuda", persistent_workers=workers > 0,
+                      generator=torch.Generator())     # why: otherwise each epoch draws from the global generator
+
+
+def test_loader(pictures, batch_size, workers=0, device="cpu", rank=0, world=1):
+    """Every picture once, over all ranks: no padding, so that counts add up to len(pictures)."""
+    share = range(rank, len(pictures), world)
+    batches = [share[start:start + batch_size] for start in range(0, len(share), batch_size)]
+    return train_loader(pictures, batches, workers, device)
+
+
+if __name__ == "__main__":
+    download.main(DATASETS, read_lists, read_image)

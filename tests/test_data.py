@@ -1,0 +1,442 @@
+"""The data: which pictures are drawn, from where, and that a crop depends on its seed, epoch and number alone."""
+
+import collections
+import hashlib
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+import critters
+import data
+import download
+
+
+def picture(path, mode="RGB", size=(40, 30), seed=0):
+    """A small noisy picture at `path`, whose folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(noise).convert(mode).save(path)
+    return path
+
+
+def to_rgb(image):
+    return image.convert("RGB")
+
+
+PREPROCESS = transforms.Compose([transforms.Resize(16, transforms.InterpolationMode.BICUBIC),
+                                 transforms.CenterCrop(16), to_rgb, transforms.ToTensor(),
+                                 transforms.Normalize((0.5,) * 3, (0.25,) * 3)])
+
+# Labels appear in the order 2, 0, 1, interleaved; sorting the names would give another order than the labels do.
+NAMES = {0: "zebra_fish", 1: "Ant", 2: "moth"}
+SPLIT = {part: [[f"{part}/{NAMES[label]}_{i}.jpg", label, NAMES[label]] for i in range(count) for label in (2, 0, 1)]
+         for part, count in (("train", 6), ("val", 5), ("test", 3))}
+
+
+@pytest.fixture
+def eurosat(tmp_path):
+    """A data root with the small split in EuroSAT's place, and its pictures."""
+    (tmp_path / "eurosat").mkdir()
+    (tmp_path / "eurosat/split_zhou_EuroSAT.json").write_text(json.dumps(SPLIT))
+    for items in SPLIT.values():
+        for path, *_ in items:
+            picture(tmp_path / "eurosat/2750" / path)
+    return tmp_path
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    """Three classes in ImageNet's layout, two of the same name."""
+    home = tmp_path / "imagenet"
+    for part, count in (("train", 3), ("val", 2)):
+        for wnid in ("n03", "n01", "n02"):
+            for i in reversed(range(count)):
+                picture(home / "images" / part / wnid / f"{wnid}_{i}.JPEG")
+    (home / "classnames.txt").write_text("n01 missile\nn02 great white shark\nn03 missile\n")
+    return tmp_path
+
+
+# ---- the draws -----------------------------------------------------------------------------------------------
+
+def reference_draw(parts, shots, seed):
+    """CoOp's draw as its authors' code does it, with the global generator and one pass per list."""
+    random.seed(seed)
+    drawn = []
+    for items, k in ((parts["train"], shots), (parts["val"], min(shots, 4))):
+        tracker = collections.defaultdict(list)
+        for path, label, name in items:
+            tracker[label].append(path)
+        drawn.append([path for paths in tracker.values() for path in random.sample(paths, k)])
+    return drawn
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("shots", [1, 2, 5])
+def test_the_draw_is_coops(eurosat, shots, seed):
+    train, val, _, _ = data.load("eurosat", eurosat, shots, seed)
+    root = f"{eurosat}/eurosat/2750/"
+    assert [[path.removeprefix(root) for path, *_ in items] for items in (train, val)] == \
+        reference_draw(SPLIT, shots, seed)
+
+
+def test_the_draw_stays_what_it_was():
+    # classes in the order of first appearance, 2 0 1, two of each; the digest was taken from reference_draw
+    drawn = [path for path, *_ in data.few_shot(SPLIT["train"], 2, 1)]
+    assert [path[6:-6] for path in drawn] == ["moth"] * 2 + ["zebra_fish"] * 2 + ["Ant"] * 2
+    assert hashlib.sha256("\n".join(drawn).encode()).hexdigest() == \
+        "a8a36f99f291e7817ae897e8dbf8a26ffa9d89f7d33cef2452b1ca531b7c05e2"
+
+
+def test_a_generator_goes_on_drawing():
+    rng = random.Random(1)
+    first, second = data.few_shot(SPLIT["train"], 2, rng), data.few_shot(SPLIT["train"], 2, rng)
+    assert first == data.few_shot(SPLIT["train"], 2, 1) != second
+
+
+def test_too_few_images_are_an_error_with_class_count_and_shots():
+    with pytest.raises(ValueError, match="class 'moth' has 6 images, fewer than the 7 shots asked for"):
+        data.few_shot(SPLIT["train"], 7, 1)
+
+
+def test_no_shots_means_all(eurosat):
+    for shots in (None, 0):
+        train, val, test, _ = data.load("eurosat", eurosat, shots, 1)
+        assert (len(train), len(val), len(test)) == (18, 15, 9)
+
+
+def test_proportional_by_hand():
+    # 2 shots of 3 classes are 6 of 12 images: half of each class, 7 : 4 : 1 -> 3.5, 2, 0.5 -> floors 3, 2, 0;
+    # the sixth image goes to the first or to the last class, whose remainders are equal
+    items = [(f"{label}/{i}", label, str(label)) for label, count in enumerate((7, 4, 1)) for i in range(count)]
+    seen = set()
+    for seed in range(20):
+        drawn = data.proportional(items, 2, seed)
+        assert len(set(drawn)) == 6 and set(drawn) <= set(items)
+        seen.add(tuple(sum(label == c for _, label, _ in drawn) for c in range(3)))
+    assert seen == {(4, 2, 0), (3, 2, 1)}
+    with pytest.raises(ValueError, match="5 shots of 3 classes are 15 images, but there are 12"):
+        data.proportional(items, 5, 1)
+
+
+def test_proportional_and_exact_agree_on_balanced_classes(eurosat):
+    train, val, *_ = data.load("eurosat", eurosat, 2, 1, sampler="proportional")
+    assert [sum(label == c for _, label, _ in train) for c in range(3)] == [2, 2, 2] and len(val) == 6
+
+
+# ---- lists, labels and names ---------------------------------------------------------------------------------
+
+def test_labels_and_names_are_the_split_files(eurosat):
+    train, val, test, class_names = data.load("eurosat", eurosat, 2, 1)
+    assert class_names == ["zebra_fish", "Ant", "moth"]           # by label, raw; neither sorted nor as they appear
+    for items in (train, val, test):
+        assert all(class_names[label] == name and f"/{name}_" in path for path, label, name in items)
+
+
+def test_the_table_is_consistent():
+    for name, row in data.DATASETS.items():
+        assert row.template.format("cat").count("cat") == 1 and "{" not in row.template.format("cat")
+        assert (row.digest is not None) == any(file.startswith("split_zhou_") for file in row.lists)
+        assert row.digest is None or len(row.digest) in (40, 64)
+        assert len(row.sizes or (0, 0, 0)) == 3
+    assert sum(row.zero_shot is not None for row in data.DATASETS.values()) == 11
+    assert data.template("dtd") == "{} texture."
+
+
+def test_a_split_file_is_compared_with_the_published_one(eurosat, monkeypatch):
+    assert data.split_matches_published("eurosat", eurosat) is False
+    assert data.split_matches_published("critters", eurosat) is None
+    content = (eurosat / "eurosat/split_zhou_EuroSAT.json").read_bytes()
+    for digest in (hashlib.sha256(content).hexdigest(),
+                   hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()):      # as `git hash-object`
+        monkeypatch.setitem(data.DATASETS, "eurosat", data.DATASETS["eurosat"]._replace(digest=digest))
+        assert data.split_matches_published("eurosat", eurosat) is True
+
+
+def test_torchvisions_layout_is_found_too(tmp_path):
+    (tmp_path / "flowers-102/jpg").mkdir(parents=True)
+    (tmp_path / "flowers-102/split_zhou_OxfordFlowers.json").write_text(json.dumps(SPLIT))
+    lists, _ = data.read_lists("oxford_flowers", tmp_path)
+    assert lists["test"][0][0] == f"{tmp_path}/flowers-102/jpg/test/moth_0.jpg"
+
+
+def test_imagenet_keeps_rows_of_equal_names_and_sorts_files(imagenet):
+    train, val, test, class_names = data.load("imagenet", imagenet, 0, 1)
+    assert class_names == ["missile", "great white shark", "missile"] and val == []
+    assert [(path.rsplit("/", 1)[1], label) for path, label, _ in train] == \
+        [(f"n0{label + 1}_{i}.JPEG", label) for label in range(3) for i in range(3)]
+    assert len(test) == 6
+    drawn, *_ = data.load("imagenet", imagenet, 1, 1)
+    assert [label for _, label, _ in drawn] == [0, 1, 2]
+
+
+def test_imagenets_folders_may_lie_without_images_above(imagenet):
+    for part in ("train", "val"):
+        (imagenet / "imagenet/images" / part).rename(imagenet / "imagenet" / part)
+    (imagenet / "imagenet/images").rmdir()
+    assert len(data.load("imagenet", imagenet, 0, 1)[2]) == 6
+
+
+def test_aircraft_labels_are_lines_of_variants(tmp_path):
+    home = tmp_path / "fgvc_aircraft"
+    picture(home / "images/0000001.jpg")
+    (home / "variants.txt").write_text("BAE 146-200\nF/A-18\n")
+    for part in ("train", "val", "test"):
+        (home / f"images_variant_{part}.txt").write_text("0000001 F/A-18\n0000001 BAE 146-200\n".replace("1 F", "2 F"))
+    lists, class_names = data.read_lists("fgvc_aircraft", tmp_path)
+    assert class_names == ["BAE 146-200", "F/A-18"]
+    assert lists["train"] == [(f"{home}/images/0000002.jpg", 1, "F/A-18"),
+                              (f"{home}/images/0000001.jpg", 0, "BAE 146-200")]
+    with pytest.raises(FileNotFoundError, match="1 of 2 train images missing, first: .*0000002.jpg"):
+        data.load("fgvc_aircraft", tmp_path, 0, 1)
+    (home / "images_variant_val.txt").write_text("0000001 F-16\n")
+    with pytest.raises(ValueError, match="images_variant_val.txt: 'F-16' is none of the 2 variants"):
+        data.load("fgvc_aircraft", tmp_path, 0, 1)
+
+
+def test_critters_are_drawn_and_have_no_files():
+    train, val, test, class_names = data.load("critters", "nowhere", 16, 1)
+    C = len(class_names)
+    assert (len(train), len(val), len(test)) == (16 * C, 4 * C, 60 * C)
+    assert train[0][0].startswith("critters/train/0/")
+    image = data.read_image(train[0][0])
+    assert image.size == (64, 64) and image is data.read_image(train[0][0])                       # drawn once
+    index = int(train[0][0].rsplit("/", 1)[1])
+    assert np.array_equal(image, critters.picture("train", 0, index))
+
+
+# ---- one's own pictures --------------------------------------------------------------------------------------
+
+def folder_tree(root, classes, count=5):
+    for name in classes:
+        for i in range(count):
+            picture(root / name / f"{i}.png")
+
+
+def test_a_folder_with_train_and_test(tmp_path):
+    folder_tree(tmp_path / "train", ["great_white-shark", "Zebra"])
+    folder_tree(tmp_path / "test", ["great_white-shark", "Zebra"], 2)
+    (tmp_path / "test/Zebra/notes.txt").write_text("not a picture")
+    (tmp_path / "test/Zebra/._0.png").write_text("nor this")
+    train, val, test, class_names = data.load("folder", tmp_path, 4, 1)
+    assert class_names == ["Zebra", "great white shark"]
+    assert (len(train), len(val), len(test)) == (8, 0, 4)
+
+
+def test_half_of_each_class_is_held_out_where_there_is_no_test_folder(tmp_path):
+    folder_tree(tmp_path, ["cat", "dog"], 5)
+    train, _, test, _ = data.load("folder", tmp_path, 0, 1)
+    assert [sum(label == c for _, label, _ in train) for c in (0, 1)] == [3, 3]
+    assert [sum(label == c for _, label, _ in test) for c in (0, 1)] == [2, 2]
+    assert not set(train) & set(test)
+    assert data.load("folder", tmp_path, 0, 1)[2] == test
+    assert any(data.load("folder", tmp_path, 0, seed)[2] != test for seed in (2, 3, 4))
+    picture(tmp_path / "emu/only.png")
+    with pytest.raises(ValueError, match="class 'emu' has no test image"):
+        data.load("folder", tmp_path, 0, 1)
+
+
+def test_a_folder_may_bring_class_names(tmp_path):
+    folder_tree(tmp_path, ["a", "b"])
+    (tmp_path / "classnames.txt").write_text("\ufeffb\tBoxer dog\na Abyssinian\n", encoding="utf-8")
+    assert data.load("folder", tmp_path, 1, 1)[3] == ["Abyssinian", "Boxer dog"]         # labels by folder, not by line
+    (tmp_path / "classnames.txt").write_text("b Boxer dog\na Abyssinian\nc Corgi\n")
+    with pytest.raises(ValueError, match="3 class names for 2 class folders in .*; without counterpart: c$"):
+        data.load("folder", tmp_path, 1, 1)
+
+
+def test_a_class_without_a_test_folder_is_named(tmp_path):
+    folder_tree(tmp_path / "train", ["a", "b"])
+    folder_tree(tmp_path / "test", ["b"])
+    with pytest.raises(ValueError, match="2 class names for 1 class folders in .*/test; without counterpart: a$"):
+        data.load("folder", tmp_path, 1, 1)
+
+
+# ---- what is wrong is named ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", [name for name in data.DATASETS if name != "critters"])
+def test_without_data_the_error_shows_the_tree(tmp_path, name):
+    root = tmp_path / "nothing"
+    with pytest.raises(FileNotFoundError) as error:
+        data.load(name, root, 16, 1)
+    row = data.DATASETS[name]
+    for part in (f"{name}: there is no {root}", "expected:\n", row.pictures, *row.lists):
+        assert part in str(error.value)
+
+
+def test_missing_pictures_are_counted_and_the_first_is_named(eurosat):
+    for i in (1, 2):
+        (eurosat / f"eurosat/2750/test/Ant_{i}.jpg").unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        data.load("eurosat", eurosat, 1, 1)
+    assert str(error.value).startswith(
+        f"eurosat: 2 of 9 test images missing, first: {eurosat}/eurosat/2750/test/Ant_1.jpg\nexpected:\n")
+
+
+def test_only_the_pictures_that_are_used_must_be_there(eurosat):
+    drawn = {path for items in data.load("eurosat", eurosat, 1, 1)[:3] for path, *_ in items}
+    for path in (eurosat / "eurosat/2750").rglob("*.jpg"):
+        if str(path) not in drawn:
+            path.unlink()
+    data.load("eurosat", eurosat, 1, 1)
+
+
+@pytest.mark.parametrize("split, message", [
+    ("{", "split_zhou_EuroSAT.json should hold lists train, val and test .* JSONDecodeError"),
+    (json.dumps({"train": [], "val": []}), "split_zhou_EuroSAT.json should hold lists .* KeyError: 'test'"),
+    (json.dumps({**SPLIT, "val": ["a.jpg", 0]}), "should hold lists train, val and test of .path, label, class name"),
+    (json.dumps({"train": [], "val": [], "test": []}), "labels should run from 0 without a gap, found \\[\\]"),
+    (json.dumps({**SPLIT, "val": [["a.jpg", 4, "bee"]]}), r"labels should run .* found \[0, 1, 2\] ... \[4\]"),
+    (json.dumps({**SPLIT, "val": [["a.jpg", 0, "Ant"]]}), "label 0 is 'zebra_fish' and, for .*a.jpg, 'Ant'"),
+    (json.dumps({**SPLIT, "val": [["a.jpg", 3, "bee"]]}), "class 'bee' has no train image"),
+])
+def test_a_bad_split_file_says_what_is_wrong(eurosat, split, message):
+    (eurosat / "eurosat/split_zhou_EuroSAT.json").write_text(split)
+    with pytest.raises(ValueError, match=message):
+        data.load("eurosat", eurosat, 1, 1)
+
+
+def test_a_flat_validation_folder_is_recognised(imagenet):
+    val = imagenet / "imagenet/images/val"
+    for path in list(val.rglob("*.JPEG")):
+        path.rename(val / path.name)
+    for path in list(val.iterdir()):
+        path.rmdir() if path.is_dir() else None
+    with pytest.raises(ValueError, match=f"{val} is flat: 6 pictures and no class folder"):
+        data.load("imagenet", imagenet, 1, 1)
+
+
+def test_class_names_and_class_folders_must_agree(imagenet):
+    (imagenet / "imagenet/classnames.txt").write_text("n01 missile\nn03 missile\n")
+    with pytest.raises(ValueError, match="2 class names for 3 class folders in .*train; without counterpart: n02"):
+        data.load("imagenet", imagenet, 1, 1)
+
+
+def test_an_empty_folder_is_named(imagenet, tmp_path):
+    for path in (imagenet / "imagenet/images/train/n02").iterdir():
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="imagenet: there is no picture in .*/train/n02\nexpected:"):
+        data.load("imagenet", imagenet, 1, 1)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="folder: there is no class folder in .*/empty\nexpected:"):
+        data.load("folder", tmp_path / "empty", 1, 1)
+
+
+def test_an_unknown_data_set_is_answered_with_those_there_are():
+    with pytest.raises(ValueError, match="no data set is called 'mnist'; there are critters, .*ucf101"):
+        data.load("mnist", ".", 1, 1)
+
+
+@pytest.mark.parametrize("harm", ["truncated", "empty", "no picture"])
+def test_an_unreadable_picture_is_named(tmp_path, harm):
+    path = picture(tmp_path / "a.jpg")
+    content = path.read_bytes()
+    path.write_bytes({"truncated": content[:len(content) // 2], "empty": b"", "no picture": b"?" * 99}[harm])
+    with pytest.raises(ValueError, match=f"cannot read picture {path}: "):
+        data.read_image(str(path))
+    with pytest.raises(ValueError, match=f"cannot read picture {tmp_path}/b.jpg: FileNotFoundError"):
+        data.read_image(f"{tmp_path}/b.jpg")
+
+
+# ---- pictures as tensors -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode, suffix", [("RGB", "png"), ("L", "png"), ("P", "png"), ("RGBA", "png"), ("LA", "png"),
+                                          ("1", "png"), ("CMYK", "jpg"), ("L", "jpg"), ("P", "gif")])
+def test_any_mode_is_read_as_clip_reads_it(tmp_path, mode, suffix):
+    path = picture(tmp_path / f"a.{suffix}", mode)
+    # CLIP resizes and crops the picture in its own mode and converts it to RGB afterwards
+    with Image.open(path) as image:
+        expected = PREPROCESS(image)
+    assert torch.equal(data.Pictures([(str(path), 3, "c")], PREPROCESS)[0][0], expected)
+    assert expected.shape == (3, 16, 16)
+    image, label = data.Pictures([(str(path), 3, "c")], data.train_transform(PREPROCESS), seed=1)[0, 0]
+    assert image.shape == (3, 16, 16) and label == 3
+
+
+def test_the_training_transform_crops_flips_and_ends_as_clips():
+    crop, flip, *tail = data.train_transform(PREPROCESS).transforms
+    assert (crop.size, crop.scale, crop.interpolation) == ((16, 16), (0.08, 1), transforms.InterpolationMode.BICUBIC)
+    assert isinstance(flip, transforms.RandomHorizontalFlip) and flip.p == 0.5
+    assert tail == PREPROCESS.transforms[2:]
+
+
+@pytest.fixture
+def pictures():
+    items = [(f"critters/train/0/{i}", i, "c") for i in range(11)]
+    return data.Pictures(items, data.train_transform(PREPROCESS), seed=5)
+
+
+def epochs(pictures, batch_size, world=1, workers=0):
+    """{(epoch, label): image}, of two epochs, as the ranks of a world see them together."""
+    seen = {}
+    for rank in range(world):
+        batches = data.Batches(len(pictures), batch_size, seed=5, rank=rank, world=world)
+        loader = data.train_loader(pictures, batches, workers)
+        for batches.epoch in (0, 1):
+            for images, labels in loader:
+                for image, label in zip(images, labels.tolist()):
+                    assert (batches.epoch, label) not in seen, "an image came twice"
+                    seen[batches.epoch, label] = image
+    assert len(seen) == 2 * len(pictures)
+    return seen
+
+
+@pytest.mark.parametrize("batch_size, world, workers", [(11, 1, 0), (3, 1, 0), (4, 3, 0), (4, 1, 1), (3, 2, 2)])
+def test_a_crop_depends_on_seed_epoch_and_image_alone(pictures, batch_size, world, workers):
+    seen = epochs(pictures, batch_size, world, workers)
+    assert all(torch.equal(image, pictures[epoch, i][0]) for (epoch, i), image in seen.items())
+    assert not torch.equal(seen[0, 7], seen[1, 7])
+    other_seed = data.Pictures(pictures.items, pictures.transform, seed=6)
+    assert not torch.equal(seen[0, 7], other_seed[0, 7][0])
+
+
+def test_loading_leaves_the_global_generators_alone(pictures):
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    epochs(pictures, 4)
+    list(data.test_loader(pictures, 4))
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (random.getstate(), np.random.get_state()[1].tolist())
+
+
+@pytest.mark.parametrize("n, batch_size, world", [(11, 4, 1), (11, 4, 4), (9, 4, 2), (3, 8, 5), (8, 4, 2)])
+def test_ranks_share_the_batches_of_one_process(n, batch_size, world):
+    alone = data.Batches(n, batch_size, seed=1)
+    ranks = [data.Batches(n, batch_size, seed=1, rank=rank, world=world) for rank in range(world)]
+    orders = []
+    for epoch in (0, 1):
+        for batches in (alone, *ranks):
+            batches.epoch = epoch
+            assert len(list(batches)) == len(batches) == -(-n // batch_size)
+        for whole, *shares in zip(alone, *ranks):
+            assert sorted(whole) == sorted(sum(shares, []))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        orders.append([i for batch in alone for _, i in batch])
+        assert sorted(orders[-1]) == list(range(n))
+    assert orders[0] != orders[1] or n < 4
+
+
+def test_a_rank_without_images_gets_an_empty_batch(pictures):
+    batches = data.Batches(len(pictures), 5, seed=1, rank=1, world=2)              # batches of 5, 5 and 1
+    images, labels = list(data.train_loader(pictures, batches))[-1]
+    assert images.shape == (0, 3, 16, 16) and images.dtype == torch.float32
+    assert labels.shape == (0,) and labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 12])
+def test_every_test_picture_is_counted_once(pictures, world):
+    test = data.Pictures(pictures.items, PREPROCESS)
+    labels = [label for rank in range(world) for _, batch in data.test_loader(test, 4, rank=rank, world=world)
+              for label in batch.tolist()]
+    assert sorted(labels) == list(range(11))
+
+
+def test_one_look_at_each_folder(tmp_path, monkeypatch):
+    paths = [str(picture(tmp_path / f"{c}/{i}.jpg")) for c in "ab" for i in range(3)]
+    looks, listdir = [], download.os.listdir
+    monkeypatch.setattr(download.os, "listdir", lambda folder: looks.append(folder) or listdir(folder))
+    gone = download.missing([*paths, f"{tmp_path}/b/9.jpg", f"{tmp_path}/c/0.jpg"])
+    assert gone == [f"{tmp_path}/b/9.jpg", f"{tmp_path}/c/0.jpg"] and len(looks) == 2
