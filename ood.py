@@ -1,0 +1,345 @@
+"""Tells pictures of a run's classes (in-distribution, ID) from pictures of anything else (OOD), as in Table 3.
+
+    python ood.py runs/critters-16shot-seed1                        against the drawn OOD sets
+    python ood.py runs/imagenet-16shot-seed1 --data-root DIR        against iNaturalist, SUN, Places, Textures
+    python ood.py RUN --ood-root textures=DIR --csv scores.csv      against one's own pictures, with a score for each
+    python ood.py --zero-shot --dataset imagenet --data-root DIR    CLIP alone, no run needed
+
+A score is a confidence everywhere: higher means more in-distribution. Read it from the scores (Sec. 3.5) and the two
+metrics through the sets of pictures to `confidences`, where a batch becomes the rows of the table.
+"""
+
+import argparse
+import csv
+import math
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+import clip
+import critters
+import data
+import evaluate
+from download import SUFFIXES, absolute
+from sotglp import project
+
+TEMPLATE = "a photo of a {}"     # of MCM and GL-MCM, for every data set; without the full stop of CoOp's templates
+
+# What lies where under --data-root: pictures in the set, folders in one of HOMES. MOS's selection, with all of DTD.
+BENCHMARK = {"iNaturalist": (10_000, ("iNaturalist",)), "SUN": (10_000, ("SUN",)), "Places": (10_000, ("Places",)),
+             "Textures": (5_640, ("dtd/images", "dtd/dtd/images", "Texture/images"))}
+HOMES = ("ood_data", "", "ImageNet_OOD_dataset")
+SOURCES = ("get iNaturalist, SUN and Places from http://pages.cs.wisc.edu/~huangrui/imagenet_ood_dataset/<set>.tar.gz; "
+           "Textures is all of DTD: python data.py --dataset dtd --data-root DIR --download")
+
+# The rows, controls first. GL-MCM was published on the value path of the last block, so the V-V row has no counterpart.
+ROWS = {"zero_shot_mcm": "zero-shot MCM", "zero_shot_gl_mcm": "zero-shot GL-MCM, value path",
+        "zero_shot_gl_mcm_vv": "zero-shot GL-MCM, V-V, none published",
+        "mcm": "this run's MCM", "l_mcm": "this run's L-MCM", "gl_mcm": "this run's GL-MCM"}
+
+# Table 3, FPR95 and AUROC in percent: iNaturalist, SUN, Places, Textures, average as printed (28.1 should be 28.3
+# in the line w/o V-V)
+TABLE_3 = {"CLIP (MCM)": ((30.9, 94.6), (37.7, 92.6), (44.8, 89.8), (57.9, 86.1), (42.8, 90.8)),
+           "CLIP (GL)": ((15.2, 96.7), (30.4, 93.1), (38.9, 89.9), (57.9, 83.6), (35.5, 90.8)),
+           "SOT-GLP": ((10.4, 98.0), (31.7, 92.6), (39.2, 90.2), (31.2, 92.1), (28.1, 93.2)),
+           "w/o V-V": ((11.2, 97.7), (29.9, 92.9), (37.1, 90.4), (34.9, 90.4), (28.1, 92.9)),
+           "w/o Proj": ((11.2, 97.8), (24.8, 93.9), (31.1, 92.0), (28.0, 93.1), (23.8, 94.2))}
+
+
+# ---- scores: Sec. 3.5, "we follow the GL-MCM protocol" -------------------------------------------------------
+
+def mcm(cosines, temperature=1.0):
+    """Maximum concept matching: the probability of the likeliest class.  Sec. 3.5, GL-MCM
+
+    cosines (B, C), averaged over prompts, not scaled by 1/tau -> confidence (B,) in [1/C, 1], float64.
+    """
+    # why float64: at temperature 1000, the released training script's, float32 makes ties of most scores
+    return (cosines.double() / temperature).softmax(dim=-1).amax(dim=-1)
+
+
+def l_mcm(patch_cosines, temperature=1.0):
+    """Local MCM: the same for each patch, then the most confident patch. No selection, no transport.  Sec. 3.5, GL-MCM
+
+    patch_cosines (B, P, C) -> confidence (B,) in [1/C, 1], float64.
+    """
+    return mcm(patch_cosines, temperature).amax(dim=-1)
+
+
+def gl_mcm(cosines, patch_cosines, temperature=1.0, local_weight=1.0):
+    """MCM of the whole image + weight times that of its patches.  Sec. 3.5, GL-MCM
+
+    cosines (B, C), patch_cosines (B, P, C) -> confidence (B,), float64.
+    """
+    return mcm(cosines, temperature) + local_weight * l_mcm(patch_cosines, temperature)
+
+
+# ---- metrics: Sec. 4 -----------------------------------------------------------------------------------------
+
+def fpr95(id_scores, ood_scores):
+    """The share of OOD pictures accepted where 95 % of the ID ones are.  Sec. 4
+
+    Scores (n,), (m,), tensors or arrays -> a float in [0, 1], lower is better. Raises ValueError where there are none,
+    or one is not finite. The threshold is the score whose ID recall is nearest to 0.95, the lowest of equally near.
+    differs: textbooks take the first recall >= 0.95, the code behind published OOD results this; small sets show it.
+    """
+    id_scores, ood_scores = checked(id_scores, ood_scores)
+    thresholds = torch.cat([id_scores, ood_scores]).unique()                       # ascending
+    thresholds = thresholds[thresholds >= id_scores.min()]                         # the first has full recall
+    accepted = len(id_scores) - torch.searchsorted(id_scores.sort().values, thresholds)
+    # why double: recalls of 0.9 and 1 are equally near but for the rounding, which must be the usual one
+    distance = (accepted.double() / len(id_scores) - 0.95).abs()
+    return (ood_scores >= thresholds[distance.argmin()]).double().mean().item()    # argmin: the first of equals
+
+
+def auroc(id_scores, ood_scores):
+    """How often a random ID picture scores above a random OOD one; a tie is half a win.  Sec. 4
+
+    Scores (n,), (m,), tensors or arrays -> a float in [0, 1], 1/2 is chance. Raises ValueError where there are none,
+    or one is not finite.
+    """
+    id_scores, ood_scores = checked(id_scores, ood_scores)
+    ood_scores = ood_scores.sort().values
+    below = torch.searchsorted(ood_scores, id_scores)                              # (n,): OOD scores below each ID one
+    not_above = torch.searchsorted(ood_scores, id_scores, right=True)              # and those that equal it as well
+    return (below + not_above).sum().item() / (2 * len(id_scores) * len(ood_scores))
+
+
+def checked(*both):
+    """ID and OOD scores as float64 vectors on the CPU."""
+    both = [torch.as_tensor(scores, dtype=torch.float64, device="cpu").detach() for scores in both]
+    for name, scores in zip(("ID", "OOD"), both):
+        finite = int(scores.isfinite().sum())
+        if finite < max(1, len(scores)):
+            raise ValueError(f"no FPR95, no AUROC: of {len(scores)} {name} scores {finite} are finite numbers")
+    return both
+
+
+# ---- the sets of pictures ------------------------------------------------------------------------------------
+
+def ood_sets(dataset, root, own=None):
+    """The OOD sets that go with a data set -> {name: items}, items as in data.py with label -1.
+
+    own: {name: folder}, one's own sets in their place. Raises FileNotFoundError that names every set without pictures.
+    """
+    if own is None and dataset == "critters":
+        return {name: [(f"critters/ood/{name}/{index}", -1, "") for index in range(critters.OOD_SIZE)]
+                for name in critters.OOD_SETS}
+    if own is None and dataset != "imagenet":
+        raise ValueError(f"no OOD sets are known to go with {dataset}: name folders of pictures by --ood-root NAME=DIR")
+    root = absolute(root)
+    folders = {name: [folder] for name, folder in own.items()} if own else {
+        name: [os.path.join(root, home, folder) for home in HOMES for folder in candidates]
+        for name, (_, candidates) in BENCHMARK.items()}
+    found = {name: next(filter(None, map(pictures, folders[name])), []) for name in folders}
+    empty = [f"\n{name}: no pictures in {', '.join(folders[name])}" for name in found if not found[name]]
+    if empty:
+        raise FileNotFoundError("OOD sets are missing" + "".join(empty) + f"\n{SOURCES}" * (not own))
+    return found
+
+
+def pictures(folder):
+    """All pictures below a folder, at any depth, as items; none where there is no such folder."""
+    return [(os.path.join(here, file), -1, "") for here, folders, files in sorted(os.walk(folder, followlinks=True))
+            for file in sorted(files) if file.lower().endswith(SUFFIXES) and not file.startswith(".")]
+
+
+def count_warnings(sets):
+    """One line for each set of the ImageNet benchmark, ID included, that has not the published number of pictures."""
+    expected = {"ID": data.DATASETS["imagenet"].sizes[2], **{name: count for name, (count, _) in BENCHMARK.items()}}
+    return [f"warning: {name} has {len(items):,} pictures, the benchmark {expected[name]:,}: "
+            + ("some are missing, so an archive may be half unpacked" if len(items) < expected[name] else
+               "others lie among them, or it is the whole data set, not the benchmark's selection")
+            + "; do not compare with published numbers"
+            for name, items in sets.items() if len(items) != expected.get(name, len(items))]
+
+
+# ---- from pictures to scores ---------------------------------------------------------------------------------
+
+def confidences(clip_model, images, text, model=None, prompts=None, temperature=1.0, local_weight=1.0):
+    """A batch of pictures -> {row of the table: confidence (B,)} and the class that MCM took each for, (B,).
+
+    text (C, D): unit vectors of TEMPLATE, for the controls; prompts: the global and the local ones of `model`,
+    a run's SOTGLP, each averaged to (C, D). why averaged first: the mean of cosines with unit prompts is the inner
+    product with the prompts' mean.
+    """
+    proj = clip_model.visual.proj
+    cls, vv = clip_model.encode_patches(images, "vv")
+    _, value = clip_model.encode_patches(images, "value")
+    image = project(cls, proj)                                                     # (B, D)
+    cosines, options = image @ text.T, (temperature, local_weight)                 # (B, C)
+    rows = {"zero_shot_mcm": mcm(cosines, temperature),
+            "zero_shot_gl_mcm": gl_mcm(cosines, project(value, proj) @ text.T, *options),
+            "zero_shot_gl_mcm_vv": gl_mcm(cosines, project(vv, proj) @ text.T, *options)}
+    if model:
+        own = vv if model.stream == "vv" else clip_model.encode_patches(images, model.stream)[1]
+        global_text, local_text = prompts
+        cosines = image @ global_text.T                                            # (B, C)
+        patch_cosines = project(own, proj, model.local_projection) @ local_text.T  # (B, P, C)
+        rows |= {"mcm": mcm(cosines, temperature), "l_mcm": l_mcm(patch_cosines, temperature),
+                 "gl_mcm": gl_mcm(cosines, patch_cosines, *options)}
+    return rows, cosines.argmax(dim=1)
+
+
+@torch.no_grad()
+def score_sets(sets, class_names, clip_model, model, args):
+    """Each picture of each set once -> {set: {row: scores (n,)}}, {set: predicted classes (n,)}, on the CPU."""
+    text = evaluate.zero_shot_text(clip_model, class_names, TEMPLATE)
+    prompts = [text.mean(dim=1) for text in model.encode_prompts()] if model else None
+    preprocess = clip.preprocess(clip_model.visual.resolution)
+    scores, predicted = {}, {}
+    for name, items in sets.items():
+        loader = data.test_loader(data.Pictures(items, preprocess), evaluate.EVAL_BATCH, args.workers, args.device)
+        batches, classes = zip(*(confidences(clip_model, images.to(args.device), text, model, prompts,
+                                             args.temperature, args.local_weight)
+                                 for images, _ in evaluate.progress(loader, name)))
+        scores[name] = {row: torch.cat([batch[row] for batch in batches]).cpu() for row in batches[0]}
+        predicted[name] = torch.cat(classes).cpu()
+    return scores, predicted
+
+
+# ---- the table -----------------------------------------------------------------------------------------------
+
+def measure(scores):
+    """{"ID" and each OOD set: {row: scores}} -> {row: {each OOD set and "mean": {"fpr95", "auroc"}}} in percent."""
+    outside = {name: rows for name, rows in scores.items() if name != "ID"}
+    table = {}
+    for row, inside in scores["ID"].items():
+        cells = {name: {"fpr95": 100 * fpr95(inside, rows[row]), "auroc": 100 * auroc(inside, rows[row])}
+                 for name, rows in outside.items()}
+        mean = {metric: statistics.mean(cell[metric] for cell in cells.values()) for metric in ("fpr95", "auroc")}
+        table[row] = {**cells, "mean": mean}
+    return table
+
+
+def paper_rows(config, sets):
+    """The rows that Table 3 has, in the form of `measure`; none unless ViT-B/16 meets ImageNet's four OOD sets."""
+    if config["dataset"] != "imagenet" or config["model"] != "ViT-B/16" or [*sets] != ["ID", *BENCHMARK]:
+        return {}
+    rows = {"zero_shot_mcm": "CLIP (MCM)", "zero_shot_gl_mcm": "CLIP (GL)"}
+    variants = {(False, False, False): "SOT-GLP", (True, False, False): "w/o V-V", (False, True, False): "w/o Proj"}
+    switches = tuple(config.get(name) for name in ("no_vv", "no_local_projection", "shared_local"))
+    if switches in variants:
+        rows["gl_mcm"] = variants[switches]
+    return {row: {name: {"fpr95": fpr, "auroc": auc} for name, (fpr, auc) in zip((*BENCHMARK, "mean"), TABLE_3[line])}
+            for row, line in rows.items()}
+
+
+def show(table, paper):
+    """Prints the rows, the paper's below ours, and a warning for each row with a set below chance."""
+    def print_row(label, cells):
+        print(f"{label:38s}" + "".join(f"{cell:>{max(15, len(name) + 2)}s}" for name, cell in cells.items()))
+
+    print_row("FPR95 / AUROC in percent", {name: name for name in next(iter(table.values()))})
+    for row, cells in table.items():
+        for label, found in ((ROWS[row], cells), ("    the paper's Table 3", paper.get(row))):
+            if found:
+                print_row(label, {name: "{fpr95:.1f} / {auroc:.1f}".format(**cell) for name, cell in found.items()})
+    for row, cells in table.items():
+        worse = [f"{name} {cell['auroc']:.1f}" for name, cell in cells.items() if cell["auroc"] < 50]
+        if worse:
+            print(f"warning: {ROWS[row]}: AUROC below 50 %, worse than chance, on {', '.join(worse)}; "
+                  "is the set what it should be? --csv lists its pictures")
+
+
+def write_csv(path, sets, scores, predicted, row, class_names):
+    """One line per picture: path, set, GL-MCM, the class that MCM took it for."""
+    with open(path, "w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(["path", "set", "score", "predicted"])
+        for name, items in sets.items():
+            for (picture, *_), score, label in zip(items, scores[name][row].tolist(), predicted[name].tolist()):
+                lines.writerow([picture, name, score, class_names[label]])
+
+
+# ---- the script ----------------------------------------------------------------------------------------------
+
+def own_set(text):
+    """NAME=DIR of --ood-root -> name, folder."""
+    name, _, folder = text.partition("=")
+    if not name or not folder or name in ("ID", "mean"):
+        raise argparse.ArgumentTypeError(f"{text!r} should be NAME=DIR, the name neither ID nor mean")
+    return name, os.path.expanduser(folder)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"For ImageNet, {SOURCES}.\n"
+               "Look at the zero-shot rows first: where they are far from the published values, a set or the class\n"
+               "order is wrong, and no gain above them means anything. Textures is every picture of DTD, and SUN has\n"
+               "many of SUN397: report neither for a run trained on those. RUN/ood.json holds the table, in percent.")
+    add = parser.add_argument
+    add("run", nargs="?", metavar="RUN", help="a folder that train.py wrote; its own test split is ID")
+    add("--zero-shot", action="store_true", help="only the rows of CLIP without learning, no RUN needed")
+    add("--dataset", choices=sorted(data.DATASETS), default="critters", help="for --zero-shot: whose test split is ID")
+    add("--model", help="for --zero-shot: a CLIP name or file (tiny for critters, else ViT-B/16)")
+    add("--data-root", help="folder of the data sets; for ImageNet also of the OOD sets, or of ood_data with them "
+        "(the run's own, else $DATA_ROOT, else ./data)")
+    add("--ood-root", type=own_set, action="append", metavar="NAME=DIR",
+        help="pictures below DIR, at any depth, are an OOD set; may be repeated; replaces the data set's usual ones")
+    add("--temperature", type=float, default=1.0, help="of the softmax over raw cosines; 1 in every paper, 1000 in the "
+        "released training script: nearly a linear score (%(default)s)")
+    add("--local-weight", type=float, default=1.0, help="of L-MCM in GL-MCM; 1 for SOT-GLP, GalLoP and LoCoOp, 0.5 in "
+        "GL-MCM's own ImageNet script (%(default)s)")
+    add("--csv", metavar="FILE", help="path, set, GL-MCM score and predicted class of every picture: sort by score")
+    add("--device", default=evaluate.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
+    add("--workers", type=int, default=0, help="processes that read pictures; several pay on a GPU (%(default)s)")
+    args = parser.parse_args(argv)
+    if bool(args.run) == args.zero_shot:
+        parser.error("name either a RUN or --zero-shot --dataset NAME")
+    if not (0 < args.temperature < math.inf and math.isfinite(args.local_weight)):
+        parser.error("--temperature must be positive and --local-weight finite, "
+                     f"got {args.temperature} and {args.local_weight}")
+    if len(dict(args.ood_root or [])) < len(args.ood_root or []):
+        parser.error("each --ood-root needs a name of its own")
+    return args
+
+
+def find_pictures(args, config, trained):
+    """ID and OOD sets of a configuration -> {set: items}, class names; prints what was found and what looks wrong."""
+    root = args.data_root or config["data_root"]
+    # why the OOD sets first: what is missing shows at once, while ImageNet's lists take their time
+    outside = ood_sets(config["dataset"], root, dict(args.ood_root) if args.ood_root else None)
+    *_, test, class_names = data.load(config["dataset"], root, config["shots"], config["split_seed"], config["sampler"])
+    if trained:
+        evaluate.check_classes(args.run, trained, class_names)
+    print(f"{args.run or 'zero-shot'}: model {config['model']}, ID {config['dataset']}, {len(test)} test images, OOD "
+          + ", ".join(f"{name} {len(items)}" for name, items in outside.items())
+          + f"; temperature {args.temperature:g}, local weight {args.local_weight:g}", flush=True)
+    sets = {"ID": test, **outside}
+    for warning in count_warnings(sets) if config["dataset"] == "imagenet" else ():
+        print(warning, flush=True)
+    return sets, class_names
+
+
+def main(args):
+    start = time.time()
+    with evaluate.plain_errors():
+        checkpoint = evaluate.read_run(args.run) if args.run else {"class_names": None, "config": {
+            "dataset": args.dataset, "model": args.model or ("tiny" if args.dataset == "critters" else "ViT-B/16"),
+            "data_root": data.default_root(), "shots": 0, "split_seed": 1, "sampler": "exact"}}
+        config = checkpoint["config"]
+        sets, class_names = find_pictures(args, config, checkpoint["class_names"])
+        if args.csv:
+            Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
+        model = evaluate.load_run(args.run, args.device) if args.run else None
+        clip_model = model.clip if model else clip.load(config["model"], args.device)[0]
+        scores, predicted = score_sets(sets, class_names, clip_model, model, args)
+        table, paper = measure(scores), paper_rows(config, sets)
+
+        show(table, paper)
+        if args.run:
+            evaluate.write_json(Path(args.run) / "ood.json", {
+                "dataset": config["dataset"], "model": config["model"], "temperature": args.temperature,
+                "local_weight": args.local_weight, "images": {name: len(items) for name, items in sets.items()},
+                "table": table, "paper_table_3": paper, "seconds": round(time.time() - start, 1)})
+        if args.csv:
+            row = "gl_mcm" if model else "zero_shot_gl_mcm"
+            evaluate.write_whole(args.csv, lambda path: write_csv(path, sets, scores, predicted, row, class_names))
+
+
+if __name__ == "__main__":
+    main(parse_args())
