@@ -1,0 +1,62 @@
+"""PAPER.md and README.md name what exists: functions, tests, options, files."""
+
+import importlib
+import re
+import shlex
+
+import pytest
+
+from conftest import PROJECT, run
+
+CELL = r"`([\w.]+)`"
+ROWS = re.findall(r"^\| ((?:Sec\. )?[\d.-]+) \| .* \| " + CELL + r" \| .* \| " + CELL + r" \|$",
+                  (PROJECT / "PAPER.md").read_text(), re.MULTILINE)
+
+
+def resolve(dotted):
+    """The object that `module.name` or `module.Class.name` stands for; modules may be in packages."""
+    parts = dotted.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[cut:]:
+            found = getattr(found, name)
+        return found
+    raise ModuleNotFoundError(dotted)
+
+
+def equations(text):
+    """Every number that the Eq. n and Eq. n-m of a text cover."""
+    spans = re.findall(r"Eq\. (\d+)(?:-(\d+))?", text)
+    return {n for first, last in spans for n in range(int(first), int(last or first) + 1)}
+
+
+def test_every_equation_has_a_row():
+    numbered = [label for label, _, _ in ROWS if not label.startswith("Sec")]
+    assert equations(" ".join(f"Eq. {label}" for label in numbered)) == set(range(1, 12))
+
+
+@pytest.mark.parametrize("label, where, test", ROWS, ids=[f"{r[0]} {r[1]}" for r in ROWS])
+def test_row_names_a_function_that_carries_its_number_and_a_test(label, where, test):
+    docstring = resolve(where).__doc__
+    assert label in docstring if label.startswith("Sec") else equations(f"Eq. {label}") <= equations(docstring)
+    assert callable(resolve(test))
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "data.py", "ood.py"])
+def test_readme_uses_options_that_exist(script):
+    readme = (PROJECT / "README.md").read_text()
+    commands = re.findall(rf"^.*?\b{re.escape(script)}\b(.*)$", readme, re.MULTILINE)
+    used = {word.split("=")[0] for command in commands for word in shlex.split(command.split("`")[0], comments=True)
+            if word.startswith("--")}
+    process = run(script, "--help")
+    assert process.returncode == 0, process.stderr
+    assert used <= set(re.findall(r"--[\w-]+", process.stdout))
+
+
+def test_readme_names_files_that_exist():
+    named = set(re.findall(r"`((?:clip|tests)?/?[\w/]+\.(?:py|md|txt|gz))`", (PROJECT / "README.md").read_text()))
+    missing = [name for name in named if not (PROJECT / name).exists()]
+    assert named and not missing
