@@ -242,13 +242,13 @@ def sample(rng):
 
 KINDS = (
     (Critter("a red star", "", "", "blue wings", "green boots", "two eyes"), "top",
-     {"horned": "white horns", "spiky": "white spikes", "crowned": "a white crown", "long-eared": "white ears"}),
+     {"horned": "white horns", "spiky": "purple spikes", "crowned": "a yellow crown", "long-eared": "black ears"}),
     (Critter("a blue egg", "", "a yellow hat", "", "pink legs", "one eye"), "sides",
-     {"winged": "red wings", "clawed": "red claws", "finned": "red fins", "leafy": "red leaves"}),
+     {"winged": "red wings", "clawed": "white claws", "finned": "purple fins", "leafy": "green leaves"}),
     (Critter("a pink heart", "black spots", "blue antennae", "white fins", "", "two eyes"), "bottom",
-     {"booted": "green boots", "wheeled": "green wheels", "tailed": "a green tail", "tentacled": "green tentacles"}),
+     {"booted": "green boots", "wheeled": "black wheels", "tailed": "a yellow tail", "tentacled": "purple tentacles"}),
     (Critter("a green box", "yellow stripes", "", "purple claws", "black wheels", "three eyes"), "top",
-     {f"{colour}-horned": f"{colour} horns" for colour in ("yellow", "red", "blue", "white")}))
+     {"horned": "red horns", "hatted": "a blue hat", "crowned": "a white crown", "long-eared": "black ears"}))
 CLASSES = tuple((f"{hint} {kind.body.removeprefix('a ')}", replace(kind, **{slot: part}))
                 for kind, slot, twins in KINDS for hint, part in twins.items())
 POOL = {"train": 64, "val": 40, "test": 60}           # pictures per class
@@ -284,11 +284,11 @@ def picture(split, label, index):
 # ---- out of distribution, from near to far ----
 
 def relative(rng):
-    """A class's body with other parts; none of its near-twins has any of them."""
+    """A class's body, shape and colour; all else is drawn anew, and no near-twin has any of it."""
     critter = rng.choice(CLASSES)[1]
-    twins = [twin.phrases().values() for _, twin in CLASSES if twin.body == critter.body]
-    return replace(critter, **{slot: rng.choice([text for text in PHRASES[slot] if not any(text in t for t in twins)])
-                               for slot in ("top", "sides", "bottom")})
+    taken = {text for _, twin in CLASSES if twin.body == critter.body for text in twin.phrases().values()}
+    return replace(critter, **{slot: rng.choice([text for text in PHRASES[slot] if text not in taken])
+                               for slot in ("pattern", "top", "sides", "bottom", "eyes")})
 
 
 OOD = {

@@ -31,7 +31,7 @@ BY_HAND = {
     "imagenet": "register at https://image-net.org, get ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, unpack "
                 "them into one folder per class",
     "stanford_cars": "the authors' page, ai.stanford.edu/~jkrause/cars, is gone; copies of cars_train and cars_test "
-                     "are in use elsewhere (see pytorch/vision issue 7545)",
+                     "are in use elsewhere",
     "ucf101": "the middle frames of the videos, UCF-101-midframes.zip, are file 10Jqome3vtUA2keJkNanAiFpgbyC9Hc2O on "
               "Google Drive, where CoOp's authors put them"}
 
@@ -82,7 +82,7 @@ def class_folders(folder):
         classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     if not classes and _pictures(folder):
         raise ValueError(f"{folder} is flat: {len(_pictures(folder))} pictures and no class folder; move each into "
-                         f"{folder}/<class>/ (for ImageNet's validation pictures soumith's valprep.sh does it)")
+                         f"{folder}/<class>/ (ImageNet's development kit says which class each validation picture has)")
     if not classes:
         raise FileNotFoundError(f"there is no class folder in {folder}")
     found = {name: _pictures(f"{folder}/{name}") for name in classes}

@@ -124,14 +124,13 @@ def ood_sets(dataset, root, own=None):
 
     own: {name: folder}, one's own sets in their place. Raises FileNotFoundError that names every set without pictures.
     """
-    if own is None and dataset == "critters":
+    if not own and dataset == "critters":
         return {name: [(f"critters/ood/{name}/{index}", -1, "") for index in range(critters.OOD_SIZE)]
                 for name in critters.OOD_SETS}
-    if own is None and dataset != "imagenet":
+    if not own and dataset != "imagenet":
         raise ValueError(f"no OOD sets are known to go with {dataset}: name folders of pictures by --ood-root NAME=DIR")
-    root = absolute(root)
-    folders = {name: [folder] for name, folder in own.items()} if own else {
-        name: [os.path.join(root, home, folder) for home in HOMES for folder in candidates]
+    folders = {name: [absolute(folder)] for name, folder in own.items()} if own else {
+        name: [absolute(os.path.join(root, home, folder)) for home in HOMES for folder in candidates]
         for name, (_, candidates) in BENCHMARK.items()}
     found = {name: next(filter(None, map(pictures, folders[name])), []) for name in folders}
     empty = [f"\n{name}: no pictures in {', '.join(folders[name])}" for name in found if not found[name]]
@@ -256,14 +255,6 @@ def write_csv(path, sets, scores, predicted, row, class_names):
 
 # ---- the script ----------------------------------------------------------------------------------------------
 
-def own_set(text):
-    """NAME=DIR of --ood-root -> name, folder."""
-    name, _, folder = text.partition("=")
-    if not name or not folder or name in ("ID", "mean"):
-        raise argparse.ArgumentTypeError(f"{text!r} should be NAME=DIR, the name neither ID nor mean")
-    return name, os.path.expanduser(folder)
-
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -278,7 +269,7 @@ def parse_args(argv=None):
     add("--model", help="for --zero-shot: a CLIP name or file (tiny for critters, else ViT-B/16)")
     add("--data-root", help="folder of the data sets; for ImageNet also of the OOD sets, or of ood_data with them "
         "(the run's own, else $DATA_ROOT, else ./data)")
-    add("--ood-root", type=own_set, action="append", metavar="NAME=DIR",
+    add("--ood-root", action="append", default=[], metavar="NAME=DIR",
         help="pictures below DIR, at any depth, are an OOD set; may be repeated; replaces the data set's usual ones")
     add("--temperature", type=float, default=1.0, help="of the softmax over raw cosines; 1 in every paper, 1000 in the "
         "released training script: nearly a linear score (%(default)s)")
@@ -293,8 +284,10 @@ def parse_args(argv=None):
     if not (0 < args.temperature < math.inf and math.isfinite(args.local_weight)):
         parser.error("--temperature must be positive and --local-weight finite, "
                      f"got {args.temperature} and {args.local_weight}")
-    if len(dict(args.ood_root or [])) < len(args.ood_root or []):
-        parser.error("each --ood-root needs a name of its own")
+    pairs = [text.partition("=") for text in args.ood_root]
+    args.ood_root = {name: folder for name, _, folder in pairs}
+    if len(args.ood_root) < len(pairs) or not all(args.ood_root.values()) or {"", "ID", "mean"} & {*args.ood_root}:
+        parser.error("--ood-root takes NAME=DIR, every NAME another one, none of them ID or mean")
     return args
 
 
@@ -302,7 +295,7 @@ def find_pictures(args, config, trained):
     """ID and OOD sets of a configuration -> {set: items}, class names; prints what was found and what looks wrong."""
     root = args.data_root or config["data_root"]
     # why the OOD sets first: what is missing shows at once, while ImageNet's lists take their time
-    outside = ood_sets(config["dataset"], root, dict(args.ood_root) if args.ood_root else None)
+    outside = ood_sets(config["dataset"], root, args.ood_root)
     *_, test, class_names = data.load(config["dataset"], root, config["shots"], config["split_seed"], config["sampler"])
     if trained:
         evaluate.check_classes(args.run, trained, class_names)

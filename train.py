@@ -31,14 +31,14 @@ import data
 import evaluate
 from sotglp import draw_prompts, fuse, objective
 
-# Sec. 4, the same for every data set. The tiny model's differ as README.md, "The embedded default", explains.
-PAPER = dict(epochs=50, warmup_epochs=5, batch_size=32, lr=0.05, weight_decay=0.01)
-RECIPES = {"tiny": dict(epochs=30, warmup_epochs=3, batch_size=32, lr=0.05, weight_decay=0.01)}
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def parse_args(argv=None):
-    """The options; what is left out is filled in here, so that the configuration that is saved is complete."""
+    """The options. Defaults are those of Sec. 4, the same for every data set and model.
+
+    What depends on other options or on the machine is filled in here, so that the configuration saved is complete.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--dataset", choices=sorted(data.DATASETS), default="critters", help="critters needs no files (%(default)s)")
@@ -49,12 +49,12 @@ def parse_args(argv=None):
     add("--split-seed", type=int, default=1, help="draws the shots: fixed in the paper, 1-3 in CoOp (%(default)s)")
     add("--sampler", choices=("exact", "proportional"), default="exact",
         help="exact: the same number per class; proportional: as the released code, by class frequency (%(default)s)")
-    add("--epochs", type=int, help="all epochs, warm-up included (50; tiny: %d)" % RECIPES["tiny"]["epochs"])
-    add("--warmup-epochs", type=float, help="linear warm-up, never more than a tenth of the epochs (5; tiny: %g)"
-        % RECIPES["tiny"]["warmup_epochs"])
-    add("--batch-size", type=int, help="global batch, split over the processes (32)")
-    add("--lr", type=float, help="peak learning rate of SGD (0.05; tiny: %g)" % RECIPES["tiny"]["lr"])
-    add("--weight-decay", type=float, help="on prompts and projection alike (0.01)")
+    add("--epochs", type=int, default=50, help="all epochs, warm-up included (%(default)s)")
+    add("--warmup-epochs", type=float, default=5,
+        help="linear warm-up, never more than a tenth of the epochs (%(default)s)")
+    add("--batch-size", type=int, default=32, help="global batch, split over the processes (%(default)s)")
+    add("--lr", type=float, default=0.05, help="peak learning rate of SGD (%(default)s)")
+    add("--weight-decay", type=float, default=0.01, help="on prompts and projection alike (%(default)s)")
     add("--n-global", type=int, default=4, help="global prompts, shared by all classes (%(default)s)")
     add("--n-local", type=int, default=4, help="local prompts per class (%(default)s)")
     add("--n-support", type=int, default=10,
@@ -84,9 +84,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
 
     args.model = args.model or ("tiny" if args.dataset == "critters" else "ViT-B/16")
-    for name, value in RECIPES.get(args.model, PAPER).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
     on_cuda = args.device.startswith("cuda")
     args.amp = args.amp or ("fp16" if on_cuda else "off")
     args.data_root = args.data_root or data.default_root()

@@ -8,7 +8,7 @@ image against caption; the CLS token against phrases that differ in one word, an
 V-V patch tokens against the phrase that the mask gives them. The last one is what makes it learn in so short a time.
 
 On Linux set MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=8000000000 before the command: glibc then
-keeps the memory of large tensors instead of returning it, and a step takes half the time.
+keeps the memory of large tensors instead of returning it, and a step takes half the time or less.
 """
 
 import argparse
