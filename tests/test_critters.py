@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import critters
-import looks
 
 
 def pixels(image):
@@ -20,8 +19,8 @@ def examples(count, draw=critters.sample):
 
 def main_colour(rgb):
     """The colour word nearest to most of these pixels (n, 3), ink aside."""
-    rgb = rgb[np.abs(rgb - np.array(looks.INK)).max(axis=1) > 45]
-    names, distances = list(looks.COLOURS), [np.square(rgb - np.array(c)).sum(axis=1) for c in looks.COLOURS.values()]
+    rgb = rgb[np.abs(rgb - np.array(critters.INK)).max(axis=1) > 45]
+    names, distances = list(critters.COLOURS), [np.square(rgb - np.array(c)).sum(axis=1) for c in critters.COLOURS.values()]
     return names[np.bincount(np.argmin(distances, axis=0), minlength=8).argmax()]
 
 
@@ -106,8 +105,8 @@ def test_unseen_words_never_enter_the_stream():
 
 def test_words_and_looks_are_the_same_nouns():
     for slot in ("top", "sides", "bottom"):
-        assert {*critters.WORDS[slot], *critters.UNSEEN[slot]} == set(looks.PARTS[slot])
-    assert {*critters.WORDS["body"], *critters.UNSEEN["body"]} == set(looks.BODIES)
+        assert {*critters.WORDS[slot], *critters.UNSEEN[slot]} == set(critters.PARTS[slot])
+    assert {*critters.WORDS["body"], *critters.UNSEEN["body"]} == set(critters.BODIES)
 
 
 def test_near_pictures_have_a_body_of_a_class_and_nothing_else_of_its_twins():
