@@ -147,7 +147,7 @@ def evaluate_run(run, device, data_root=None, workers=0):
     config = checkpoint["config"]
     model = load_run(run, device)
     _, _, test, class_names = data.load(config["dataset"], data_root or config["data_root"], config["shots"],
-                                        config["split_seed"])
+                                        config["split_seed"], config["sampler"])
     check_classes(run, checkpoint["class_names"], class_names)
     preprocess = clip.preprocess(model.clip.visual.resolution)
     loader = data.test_loader(data.Pictures(test, preprocess), EVAL_BATCH, workers, device)

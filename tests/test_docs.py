@@ -57,6 +57,6 @@ def test_readme_uses_options_that_exist(script):
 
 
 def test_readme_names_files_that_exist():
-    named = set(re.findall(r"`((?:clip|tests)?/?[\w/]+\.(?:py|md|txt|gz))`", (PROJECT / "README.md").read_text()))
+    named = set(re.findall(r"`((?:clip|tests)?/?[\w/]+\.(?:py|md|gz))`", (PROJECT / "README.md").read_text()))
     missing = [name for name in named if not (PROJECT / name).exists()]
     assert named and not missing
