@@ -41,6 +41,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 # ---- where ---------------------------------------------------------------------------------------------------
 
 def absolute(root):
+    """The root as an absolute path, ~ resolved."""
     return os.path.abspath(os.path.expanduser(root))
 
 

@@ -197,7 +197,7 @@ def paper_numbers():
 def our_numbers(folder):
     """{(data set, shots, "ours"): accuracies over seeds} of the finished runs below a folder, and notes on them.
 
-    why: a run whose options, seed aside, are not those of the first one found for its data set and shots, or that
+    why: a run whose options, seeds aside, are not those of the first one found for its data set and shots, or that
     repeats a seed, is left out by name: an ablation must not be averaged in.
     """
     numbers, first, seeds, notes = {}, {}, set(), []
@@ -205,13 +205,14 @@ def our_numbers(folder):
         result = json.loads(path.read_text())
         key = (result["dataset"], result["shots"], "ours")
         config = first.setdefault(key, result["config"])
-        differs = changes(config, {**result["config"], "seed": config["seed"]})
-        if differs or (key, result["seed"]) in seeds:
+        seed = {name: result[name] for name in ("seed", "split_seed")}
+        differs = changes({**config, **seed}, result["config"])
+        if differs or (key, *seed.values()) in seeds:
             notes.append(f"left out: {path.parent} ({', '.join(differs) or 'seed %d again' % result['seed']})")
             continue
-        seeds.add((key, result["seed"]))
+        seeds.add((key, *seed.values()))
         numbers.setdefault(key, []).append(result["accuracy"])
-        notes.append(f"{path.parent}: {result['accuracy']:.2f} %, model {result['model']}"
+        notes.append(f"{path.parent}: {result['accuracy']:.2f} %, model {result['model']}, seed {result['seed']}"
                      + ", NOT CoOp's published split" * (result["split_matches_published"] is False))
     return numbers, notes
 
@@ -261,12 +262,12 @@ def mean_and_spread(values, digits=2):
 
 # ---- what every script of this project prints and writes with ------------------------------------------------
 
-def progress(steps, label):
-    """Passes the steps on; where stderr is a terminal, a line there says how far they are."""
+def progress(steps, label, rank=0):
+    """Passes the steps on; where stderr is a terminal, a line of rank 0 there says how far they are."""
     start, shown = time.time(), 0.0
     for i, step in enumerate(steps, 1):
         yield step
-        if sys.stderr.isatty() and time.time() - shown > 0.5:
+        if rank == 0 and sys.stderr.isatty() and time.time() - shown > 0.5:
             shown = time.time()
             left = (shown - start) / i * (len(steps) - i)
             print(f"\r{label} {i}/{len(steps)}, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
@@ -306,6 +307,7 @@ def accuracies_line(result):
 
 
 def default_device():
+    """The first GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -354,6 +356,7 @@ def zero_shot(args):
 
 
 def parse_args(argv=None):
+    """The options, checked for what goes together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folders that train.py wrote")
     parser.add_argument("--images", nargs="+", metavar="FILE", help="pictures to name with the one RUN given")
@@ -373,6 +376,7 @@ def parse_args(argv=None):
 
 
 def main(args):
+    """Zero-shot accuracy, the paper's tables, one's own pictures, or the accuracies of runs."""
     with plain_errors():
         if args.zero_shot:
             args.data_root = args.data_root or data.default_root()

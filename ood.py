@@ -256,6 +256,7 @@ def write_csv(path, sets, scores, predicted, row, class_names):
 # ---- the script ----------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
+    """The options, checked for what goes together."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"For ImageNet, {SOURCES}.\n"
@@ -309,6 +310,7 @@ def find_pictures(args, config, trained):
 
 
 def main(args):
+    """Finds the pictures, scores each once, prints the table and writes it."""
     start = time.time()
     with evaluate.plain_errors():
         checkpoint = evaluate.read_run(args.run) if args.run else {"class_names": None, "config": {

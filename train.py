@@ -137,7 +137,7 @@ def train_epoch(model, loader, optimizer, scaler, args, epoch, rank, world):
     sums = torch.zeros(4, device=device)          # why: summed on the device, so that no step waits for the host
     draws = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
     model.train()
-    for step, (images, labels) in enumerate(loader):
+    for step, (images, labels) in enumerate(evaluate.progress(loader, f"epoch {epoch + 1}", rank)):
         optimizer.param_groups[0]["lr"] = learning_rate(epoch + (step + 0.5) / len(loader), args)
         n_batch = min(args.batch_size, len(loader.dataset) - step * args.batch_size)   # images of this step, all ranks
         kept = draw_prompts(n_batch, args.n_global, args.prompt_dropout, draws)[rank::world]
@@ -184,7 +184,7 @@ class CachedFeatures:
         self.dataset, self.batches = pictures, batches
         features, labels = [], []
         loader = data.test_loader(pictures, evaluate.EVAL_BATCH, args.workers, device)
-        for images, batch_labels in evaluate.progress(loader, "features"):
+        for images, batch_labels in evaluate.progress(loader, "features", batches.rank):
             with autocast(args):
                 features.append(model.clip.encode_patches(images.to(device), model.stream))
             labels.append(batch_labels)
@@ -234,7 +234,7 @@ def test(model, test_set, preprocess, args, rank, world):
                               rank, world)
     with autocast(args):
         text = evaluate.zero_shot_text(model.clip, model.class_names, data.template(args.dataset))
-        correct, seen = evaluate.accuracy(model, evaluate.progress(loader, "test"), args.lambda_local, text)
+        correct, seen = evaluate.accuracy(model, evaluate.progress(loader, "test", rank), args.lambda_local, text)
     if world > 1:
         dist.all_reduce(correct)
         dist.all_reduce(seen)
@@ -251,6 +251,7 @@ def versions():
 
 
 def main(args):
+    """A run from its options to its result: set up, train epoch by epoch, test once."""
     start = time.time()
     rank, world, device = start_processes(args)
     say = print if rank == 0 else (lambda *_, **__: None)
@@ -282,13 +283,13 @@ def main(args):
         say(f"note: the split file of {args.dataset} is not CoOp's published one: no comparison with published numbers")
 
     network = DistributedDataParallel(model) if world > 1 else model
-    pictures = data.Pictures(train_set, data.train_transform(preprocess), args.seed)
     batches = data.Batches(len(train_set), args.batch_size, args.seed, rank, world)
     if args.cache_features:
         loader = CachedFeatures(model, data.Pictures(train_set, preprocess), batches, args, device)
         say(f"cached features: {loader.patches.nbytes / 2**20:.0f} MiB for {len(train_set)} images; "
             "the paper's random crops and flips are dropped")
     else:
+        pictures = data.Pictures(train_set, data.train_transform(preprocess), args.seed)
         loader = data.train_loader(pictures, batches, args.workers, device)
     log = run / "log.jsonl"
     if rank == 0:                                        # an interrupted epoch may stand in the log, but is done again
@@ -308,16 +309,20 @@ def main(args):
 
     correct, seen = test(model, test_set, preprocess, args, rank, world)
     if rank == 0:
-        result = {**evaluate.percentages(correct, seen), "test_images": int(seen.sum()), "train_images": len(train_set),
-                  "dataset": args.dataset, "model": args.model, "shots": args.shots, "seed": args.seed,
-                  "split_seed": args.split_seed, "split_matches_published": published, "world_size": world,
-                  "seconds": round(before + time.time() - start, 1), "config": config, "versions": versions()}
-        evaluate.write_json(run / "result.json", result)
         evaluate.write_per_class(run / "per_class.csv", class_names, correct, seen)
-        say(f"{evaluate.accuracies_line(result)}, {result['seconds']:.0f} s\n"
-            f"wrote {run}/result.json, per_class.csv, log.jsonl, last.pt")
+        report(run, {**evaluate.percentages(correct, seen), "test_images": int(seen.sum()),
+                     "train_images": len(train_set), "split_matches_published": published, "world_size": world,
+                     "seconds": round(before + time.time() - start, 1)}, config)
     if world > 1:
         dist.destroy_process_group()
+
+
+def report(run, figures, config):
+    """result.json, and its gist on screen: the figures, what identifies the run, configuration and versions."""
+    named = {name: config[name] for name in ("dataset", "model", "shots", "seed", "split_seed")}
+    evaluate.write_json(run / "result.json", {**figures, **named, "config": config, "versions": versions()})
+    print(f"{evaluate.accuracies_line(figures)}, {figures['seconds']:.0f} s\n"
+          f"wrote {run}/result.json, per_class.csv, log.jsonl, last.pt")
 
 
 def log_epoch(path, fields, left):

@@ -68,6 +68,7 @@ def preprocess(resolution):
 
 
 def to_rgb(image):
+    """Any PIL image in RGB, as PIL converts it."""
     return image.convert("RGB")
 
 
@@ -160,10 +161,12 @@ def receive(url, path):
 
 
 def published_hash(url):
+    """The SHA-256 that stands in an address of OpenAI's."""
     return url.split("/")[-2]
 
 
 def sha256(path):
+    """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(2**20):
@@ -221,6 +224,7 @@ class Module:
 
 
 def rebuild_tensor(storage, offset, size, stride, *_):
+    """A tensor from its place in a storage."""
     return storage.as_strided(size, stride, offset)
 
 

@@ -282,7 +282,8 @@ def test_only_the_pictures_that_are_used_must_be_there(eurosat):
     for path in (eurosat / "eurosat/2750").rglob("*.jpg"):
         if str(path) not in drawn:
             path.unlink()
-    data.load("eurosat", eurosat, 1, 1)
+    again = data.load("eurosat", eurosat, 1, 1)
+    assert {path for items in again[:3] for path, *_ in items} == drawn
 
 
 @pytest.mark.parametrize("split, message", [
