@@ -24,7 +24,7 @@ import torch
 
 import clip
 import data
-from sotglp import SOTGLP, fuse, unit
+from sotglp import SOTGLP, fuse, global_logits, unit
 
 SCORES = ("fused", "global", "local", "zero_shot")
 EVAL_BATCH = 100
@@ -50,7 +50,8 @@ def accuracy(model, loader, lambda_local, zero_shot_text):
         image, patches = model.encode_images(images)
         g, l = model.score(image, patches, *texts)
         seen += torch.bincount(labels, minlength=C)
-        for row, score in zip(correct, (fuse(g, l, lambda_local), g, l, image @ zero_shot_text.T)):
+        zero_shot = global_logits(image, zero_shot_text[:, None], 1.0)
+        for row, score in zip(correct, (fuse(g, l, lambda_local), g, l, zero_shot)):
             row += torch.bincount(labels[score.argmax(dim=1) == labels], minlength=C)
     return correct, seen
 

@@ -17,7 +17,8 @@ import torch
 def in_float32(function):
     """Computes `function` in float32 at least, also when it is called under autocast or with half inputs.
 
-    why: exp(-1.5 / 0.1) is already subnormal in half precision, and CPU autocast would keep it there.
+    why: half precision keeps 8 to 11 bits, too few for cosines that differ in the third digit and are then divided by
+    epsilon or tau; autocast on CPU would leave logsumexp and softmax there as well.
     """
     @functools.wraps(function)
     def wrapped(first, *args, **kwargs):

@@ -65,7 +65,7 @@ def parse_args(argv=None):
         help="Sinkhorn iterations; log.jsonl has the row error they leave (%(default)s)")
     add("--lambda-local", type=float, default=0.25, help="weight of the local branch in loss and fusion (%(default)s)")
     add("--prompt-dropout", type=float, default=0.75,
-        help="share of the global prompts that each training image does without (%(default)s)")
+        help="share of the global prompts each training image does without; at 0 they stay alike (%(default)s)")
     add("--no-local-projection", action="store_true", help="keep the identity: -0.9 accuracy, better OOD in the paper")
     add("--no-vv", action="store_true", help="ordinary patch tokens in place of the V-V stream (Table 2)")
     add("--shared-local", action="store_true", help="one set of local prompts for all classes (Table 2)")
@@ -87,6 +87,7 @@ def parse_args(argv=None):
     on_cuda = args.device.startswith("cuda")
     args.amp = args.amp or ("fp16" if on_cuda else "off")
     args.data_root = args.data_root or data.default_root()
+    args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
     args.output_dir = args.output_dir or f"runs/{args.dataset}-{args.shots}shot-seed{args.seed}"
     if args.workers is None:
         args.workers = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if on_cuda else 0
@@ -125,10 +126,10 @@ def learning_rate(progress, args):
 
     progress: epochs done, with its fraction, in [0, epochs). why: per step, so that one-epoch runs see all of it.
     """
-    warmup = min(args.warmup_epochs, args.epochs / 10)
-    if progress < warmup:
-        return args.lr * progress / warmup
-    return args.lr * (1 + math.cos(math.pi * (progress - warmup) / (args.epochs - warmup))) / 2
+    if progress < args.warmup_epochs:
+        return args.lr * progress / args.warmup_epochs
+    done = (progress - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
+    return args.lr * (1 + math.cos(math.pi * done)) / 2
 
 
 def train_epoch(model, loader, optimizer, scaler, args, epoch, rank, world):
@@ -224,7 +225,8 @@ def resume(run, fields, model, optimizer, scaler):
     evaluate.check_classes(run, checkpoint["class_names"], fields["class_names"])
     evaluate.restore(run, checkpoint, model, fields["clip_sha256"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
+    if checkpoint["scaler"]:                             # empty where the run had no need of one, say on CPU
+        scaler.load_state_dict(checkpoint["scaler"])
     return checkpoint["epoch"], checkpoint["seconds"]
 
 
@@ -293,6 +295,8 @@ def main(args):
         loader = data.train_loader(pictures, batches, args.workers, device)
     log = run / "log.jsonl"
     if rank == 0:                                        # an interrupted epoch may stand in the log, but is done again
+        for name in () if args.resume else ("last.pt", "result.json", "per_class.csv", "evaluation.json"):
+            (run / name).unlink(missing_ok=True)         # why: what an earlier run left here is not this run's
         done = log.read_text().splitlines()[:first] if first else []
         evaluate.write_whole(log, lambda temporary: temporary.write_text("".join(line + "\n" for line in done)))
 
@@ -334,7 +338,8 @@ def log_epoch(path, fields, left):
           flush=True)
     if not math.isfinite(fields["loss"]):
         raise RuntimeError(f"epoch {fields['epoch']}: loss {fields['loss']} (global {fields['global_loss']}, local "
-                           f"{fields['local_loss']}): try a smaller --lr, or --amp off; last.pt holds the epoch before")
+                           f"{fields['local_loss']}): try a smaller --lr, or --amp off; last.pt, if it is there, "
+                           "holds the epoch before")
 
 
 if __name__ == "__main__":

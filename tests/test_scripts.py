@@ -195,6 +195,14 @@ def test_bfloat16_stays_near_float32(trained, options, tmp_path):
     assert log[0]["loss"] == pytest.approx(read(trained[0])[1][0]["loss"], rel=0.05)
 
 
+def test_what_an_earlier_run_left_in_the_folder_is_not_taken_for_this_ones(options, tmp_path):
+    (tmp_path / "evaluation.json").write_text("{}")
+    (tmp_path / "log.jsonl").write_text("{}\n{}\n")
+    train.main(train.parse_args([*map(str, options), "--epochs", "1", "--output-dir", str(tmp_path)]))
+    assert {p.name for p in tmp_path.iterdir()} == {"log.jsonl", "last.pt", "result.json", "per_class.csv"}
+    assert len(read(tmp_path)[1]) == 1
+
+
 def test_cached_features_train_without_augmentation(options, tmp_path, capsys):
     train.main(train.parse_args([*map(str, options), "--cache-features", "--output-dir", str(tmp_path / "run")]))
     assert "MiB for 9 images; the paper's random crops and flips are dropped" in capsys.readouterr().out
