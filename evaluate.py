@@ -307,6 +307,11 @@ def accuracies_line(result):
             f"on {result['test_images']} test images")
 
 
+def default_model(dataset):
+    """The CLIP that goes with a data set where none is named."""
+    return "tiny" if dataset == "critters" else "ViT-B/16"
+
+
 def default_device():
     """The first GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -342,7 +347,7 @@ def predict_images(args):
 
 def zero_shot(args):
     """The hand-written template on a data set's test split, beside the published value where there is one."""
-    name = args.model or ("tiny" if args.dataset == "critters" else "ViT-B/16")
+    name = args.model or default_model(args.dataset)
     *_, test, class_names = data.load(args.dataset, args.data_root, shots=0, seed=1)
     model, preprocess = clip.load(name, args.device)
     text = zero_shot_text(model, class_names, data.template(args.dataset))

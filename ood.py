@@ -314,7 +314,7 @@ def main(args):
     start = time.time()
     with evaluate.plain_errors():
         checkpoint = evaluate.read_run(args.run) if args.run else {"class_names": None, "config": {
-            "dataset": args.dataset, "model": args.model or ("tiny" if args.dataset == "critters" else "ViT-B/16"),
+            "dataset": args.dataset, "model": args.model or evaluate.default_model(args.dataset),
             "data_root": data.default_root(), "shots": 0, "split_seed": 1, "sampler": "exact"}}
         config = checkpoint["config"]
         sets, class_names = find_pictures(args, config, checkpoint["class_names"])

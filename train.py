@@ -83,7 +83,7 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on from last.pt in the output folder")
     args = parser.parse_args(argv)
 
-    args.model = args.model or ("tiny" if args.dataset == "critters" else "ViT-B/16")
+    args.model = args.model or evaluate.default_model(args.dataset)
     on_cuda = args.device.startswith("cuda")
     args.amp = args.amp or ("fp16" if on_cuda else "off")
     args.data_root = args.data_root or data.default_root()
