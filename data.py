@@ -16,6 +16,8 @@ import re
 import zlib
 from typing import NamedTuple
 
+import clip  # before torch: it bounds how long torch's threads wait; nothing else of it is used here
+
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate

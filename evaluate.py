@@ -20,9 +20,10 @@ import sys
 import time
 from pathlib import Path
 
+import clip  # before torch: it bounds how long torch's threads wait
+
 import torch
 
-import clip
 import data
 from sotglp import SOTGLP, fuse, global_logits, unit
 

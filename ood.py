@@ -17,9 +17,10 @@ import statistics
 import time
 from pathlib import Path
 
+import clip  # before torch: it bounds how long torch's threads wait
+
 import torch
 
-import clip
 import critters
 import data
 import evaluate

@@ -12,13 +12,14 @@ Image, patch and text features are unit vectors, so every inner product below is
 
 from functools import partial
 
+import clip  # before torch: it bounds how long torch's threads wait
+
 import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import clip
 from sinkhorn import in_float32, sinkhorn
 
 TEMPLATE = "a photo of a"  # Sec. 3.1: tau_init; it also fixes M = 4

@@ -19,6 +19,8 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import clip  # before torch: it bounds how long torch's threads wait
+
 import numpy
 import torch
 import torch.distributed as dist
@@ -26,7 +28,6 @@ import torch.nn.functional as F
 import torchvision
 from torch.nn.parallel import DistributedDataParallel
 
-import clip
 import data
 import evaluate
 from sotglp import draw_prompts, fuse, objective
@@ -278,8 +279,10 @@ def main(args):
         first, before = resume(run, saved, model, optimizer, scaler) if args.resume else (0, 0.0)
         run.mkdir(parents=True, exist_ok=True)
 
+    threads = torch.get_num_threads()
     say(f"model {args.model}, data {args.dataset}: {len(class_names)} classes, {len(train_set)} training and "
-        f"{len(test_set)} test images; {world} process{'es' * (world > 1)} on {device.type}, writing to {run}")
+        f"{len(test_set)} test images; {world} process{'es' * (world > 1)} on {device.type}, {threads} "
+        f"thread{'s' * (threads > 1)}{' each' * (world > 1)}, writing to {run}")
     say("  ".join(f"{name}={value}" for name, value in sorted(config.items())))
     if published is False:
         say(f"note: the split file of {args.dataset} is not CoOp's published one: no comparison with published numbers")
@@ -316,7 +319,7 @@ def main(args):
         evaluate.write_per_class(run / "per_class.csv", class_names, correct, seen)
         report(run, {**evaluate.percentages(correct, seen), "test_images": int(seen.sum()),
                      "train_images": len(train_set), "split_matches_published": published, "world_size": world,
-                     "seconds": round(before + time.time() - start, 1)}, config)
+                     "threads": threads, "seconds": round(before + time.time() - start, 1)}, config)
     if world > 1:
         dist.destroy_process_group()
 

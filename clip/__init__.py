@@ -5,8 +5,16 @@ loader.py     a name or a file -> model and preprocessing
 tokenizer.py  texts -> token ids
 """
 
-from .loader import available_models, load, preprocess, weights_hash
-from .model import CLIP, build_model
-from .tokenizer import tokenize
+import os
+
+# why: torch's threads wait for each other in a busy loop. By default they do so for milliseconds, and then a core that
+# is shared with another program stops them all. After this many turns of the loop they sleep until they are woken.
+# torch reads the variable when it is imported, so every script imports this package first. What the user has set stays.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+from .loader import available_models, load, preprocess, weights_hash  # noqa: E402  (after the variable is set)
+from .model import CLIP, build_model  # noqa: E402
+from .tokenizer import tokenize  # noqa: E402
 
 __all__ = ["CLIP", "available_models", "build_model", "load", "preprocess", "tokenize", "weights_hash"]

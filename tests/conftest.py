@@ -1,20 +1,25 @@
-"""What the tests share: the project on the path, marks, seeds, a small random CLIP, and a way to run the commands.
+"""What the tests share: the project on the path, marks, seeds, a small random CLIP, pictures, a run, the commands.
 
 `pytest` leaves out what is marked slow; `pytest -m slow` runs that. Tests marked cuda run where a GPU is.
 """
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from clip.model import CLIP  # noqa: E402  (after the path is set)
+from clip.model import CLIP  # noqa: E402  (after the path is set, and before torch: it bounds the wait of its threads)
+
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+torch.set_num_threads(1)     # why: the matrices here are so small that a second thread costs more than it saves
 
 
 def pytest_configure(config):
@@ -33,6 +38,8 @@ def pytest_collection_modifyitems(items):
 def seeded():
     torch.manual_seed(0)
 
+
+# ---- a model
 
 def random_clip(seed=0, resolution=32, patch=8, layers=2):
     """A CLIP of 16 patches, tower widths 128 (two heads), joint width 32; far from symmetric in every tensor."""
@@ -57,6 +64,60 @@ def clip_file(tmp_path_factory):
     torch.save({name: tensor.half() for name, tensor in random_clip().state_dict().items()}, path)
     return path
 
+
+# ---- pictures, and a run on them
+
+COLOURS = {"red_clay": (200, 60, 40), "sea": (30, 80, 200), "wood": (90, 140, 30)}
+EPOCHS = 3
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of one's own: three classes of coloured noise, 4 training images each; 3, 2 and 2 test images.
+
+    The last test image of "wood" has the colour of "sea", so that no model can be right everywhere.
+    """
+    root = tmp_path_factory.mktemp("pictures")
+    generator = torch.Generator().manual_seed(0)
+    for split, counts in {"train": (4, 4, 4), "test": (3, 2, 2)}.items():
+        for name, count in zip(COLOURS, counts):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                colour = COLOURS["sea" if (split, name, i) == ("test", "wood", 1) else name]
+                noise = torch.randint(-30, 30, (40, 40, 3), generator=generator)
+                pixels = (torch.tensor(colour) + noise).clamp(0, 255).to(torch.uint8).numpy()
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def options(clip_file, pictures):
+    """3 of 4 images per class, in batches of 4: the last batch has one image, so that of two processes one is idle."""
+    return ("--dataset", "folder", "--data-root", pictures, "--model", clip_file, "--shots", 3, "--batch-size", 4,
+            "--epochs", EPOCHS, "--n-support", 5, "--lr", 0.5, "--device", "cpu")
+
+
+@pytest.fixture(scope="session")
+def trained(options, tmp_path_factory):
+    """The folder of a finished run of one process."""
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    train(*options, "--output-dir", folder)
+    return folder
+
+
+def train(*options):
+    """train.py with these options, in this process."""
+    import train as script  # why here: what a test replaces in the scripts must be replaced before
+    script.main(script.parse_args([*map(str, options)]))
+
+
+def read(folder):
+    """What a run wrote: result.json, the lines of log.jsonl, last.pt."""
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return json.loads((folder / "result.json").read_text()), log, torch.load(folder / "last.pt", weights_only=True)
+
+
+# ---- the commands
 
 def run(*command, timeout=120, **environment):
     """Runs a command of the project from its folder -> the finished process, output as text."""

@@ -1,12 +1,17 @@
 """PAPER.md and README.md name what exists: functions, tests, options, files."""
 
+import ast
 import importlib
+import os
 import re
+import runpy
 import shlex
+import sys
 
 import pytest
 
-from conftest import PROJECT, run
+import clip
+from conftest import PROJECT
 
 CELL = r"`([\w.]+)`"
 ROWS = re.findall(r"^\| ((?:Sec\. )?[\d.-]+) \| .* \| " + CELL + r" \| .* \| " + CELL + r" \|$",
@@ -46,14 +51,35 @@ def test_row_names_a_function_that_carries_its_number_and_a_test(label, where, t
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py", "data.py", "ood.py"])
-def test_readme_uses_options_that_exist(script):
+def test_readme_uses_options_that_exist(script, monkeypatch, capsys):
     readme = (PROJECT / "README.md").read_text()
     commands = re.findall(rf"^.*?\b{re.escape(script)}\b(.*)$", readme, re.MULTILINE)
     used = {word.split("=")[0] for command in commands for word in shlex.split(command.split("`")[0], comments=True)
             if word.startswith("--")}
-    process = run(script, "--help")
-    assert process.returncode == 0, process.stderr
-    assert used <= set(re.findall(r"--[\w-]+", process.stdout))
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(PROJECT / script), run_name="__main__")
+    assert stop.value.code == 0 and used
+    assert used <= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "ood.py", "data.py", "sotglp.py", "clip/__init__.py"])
+def test_the_wait_of_threads_is_bounded_before_torch_is_imported(script):
+    # torch reads the variable once, when it is imported; clip/__init__.py sets it
+    body = [ast.unparse(node) for node in ast.parse((PROJECT / script).read_text()).body]
+    bounded = next(i for i, line in enumerate(body) if line == "import clip" or "GOMP_SPINCOUNT" in line)
+    assert bounded < min(i for i, line in enumerate(body) if line.startswith(("import torch", "from torch", "from .")))
+
+
+@pytest.mark.parametrize("given, expected", [({}, "3000"), ({"GOMP_SPINCOUNT": "5"}, "5"),
+                                             ({"OMP_WAIT_POLICY": "ACTIVE"}, None)])
+def test_what_the_user_says_of_waiting_stays(given, expected, monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    importlib.reload(clip)
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
 
 
 def test_readme_names_files_that_exist():
