@@ -1,61 +1,92 @@
-"""Processes that share the text work give the values and gradients of one that does it alone."""
+"""Two processes give the values, gradients and files of one. One pair of them shows it all: two_ranks.py."""
+
+import http.server
+import threading
+from hashlib import sha256
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch.nn.parallel import DistributedDataParallel
 
-from conftest import random_clip
-from sotglp import SOTGLP, draw_prompts, objective
+from conftest import TORCHRUN, random_clip, read, run
+from sotglp import SOTGLP, objective
+from two_ranks import CASES, NAMES, batch, gradients, make_model
 
-NAMES = ["cat", "annual crop land", "dog", "sea or lake", "a rather long name of a class"]
+WEIGHTS = b"weights"
 
 
-def make_model(n_classes, **options):
-    torch.manual_seed(1)
-    return SOTGLP(random_clip(), NAMES[:n_classes], n_support=5, **options).train()
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Sends WEIGHTS from every address that ends in there.pt, and counts the requests."""
+
+    def do_GET(self):
+        self.server.requests.append(self.path.rsplit("/", 1)[1])
+        there = self.path.endswith("there.pt")
+        self.send_response(200 if there else 404)
+        self.send_header("Content-Length", str(len(WEIGHTS) if there else 0))
+        self.end_headers()
+        self.wfile.write(WEIGHTS if there else b"")
+
+    def log_message(self, *_):
+        pass
 
 
-def batch(n_images, n_classes):
-    torch.manual_seed(2)
-    return torch.randn(n_images, 3, 32, 32), torch.arange(n_images) % n_classes, draw_prompts(n_images, 4, 0.75)
+@pytest.fixture(scope="module")
+def pair(options, tmp_path_factory):
+    """What each rank left, the folder of their run, the finished command, the requests that the server got."""
+    folder = tmp_path_factory.mktemp("pair")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.requests = []
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/{sha256(WEIGHTS).hexdigest()}"
+        process = run(*TORCHRUN, "tests/two_ranks.py", folder, f"{address}/there.pt", f"{address}/missing.pt", *options,
+                      CLIP_CACHE=str(folder / "cache"), no_proxy="127.0.0.1")
+        server.shutdown()
+    assert process.returncode == 0, process.stderr
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)], folder, process, server.requests
 
 
-def learned_gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def one_rank(rank, world, n_images, n_classes, folder):
-    """A training step of one of several processes, as train.py does it; leaves its gradients in the folder."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    model = make_model(n_classes, ranks=(rank, world), text_chunk=1)
-    images, labels, kept = (part[rank::world] for part in batch(n_images, n_classes))
-    network = DistributedDataParallel(model)
-    g, l = network(images, kept)
-    loss = objective(g, l, labels) * (len(labels) * world / n_images) if len(labels) else 0 * (g + l).sum()
-    loss.backward()
-    texts = [text.detach() for text in model.encode_prompts()]
-    torch.save((learned_gradients(model), loss.item(), texts), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("world, n_images, n_classes", [(2, 3, 5), (3, 4, 5), (3, 2, 2)],
-                         ids=["classes and images do not divide", "three processes", "one has neither class nor image"])
-def test_shared_text_work_changes_neither_values_nor_gradients(world, n_images, n_classes, tmp_path):
+@pytest.mark.parametrize("case", CASES)
+def test_shared_text_work_changes_neither_values_nor_gradients(case, pair):
+    n_images, n_classes = CASES[case]
     model = make_model(n_classes)
     images, labels, kept = batch(n_images, n_classes)
     loss = objective(*model(images, kept), labels)
     loss.backward()
-    mp.spawn(one_rank, (world, n_images, n_classes, str(tmp_path)), nprocs=world)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
-    assert sum(rank[1] for rank in ranks) / world == pytest.approx(loss.item(), rel=1e-5)
-    for gradients, _, texts in ranks:
-        for text, expected in zip(texts, model.encode_prompts()):
+    ranks = [rank[case] for rank in pair[0]]
+    assert sum(rank[1] for rank in ranks) / 2 == pytest.approx(loss.item(), rel=1e-5)
+    for found, _, texts in ranks:
+        for text, expected in zip(texts, model.encode_prompts(), strict=True):
             torch.testing.assert_close(text, expected.detach(), atol=1e-5, rtol=1e-5)
-        for name, expected in learned_gradients(model).items():
-            torch.testing.assert_close(gradients[name], expected, atol=1e-6, rtol=1e-3)
+        for name, expected in gradients(model).items():
+            torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=1e-3)
+
+
+def test_one_process_downloads_and_both_get_the_file_or_the_error(pair):
+    ranks, folder, _, requests = pair
+    assert requests == ["there.pt", "missing.pt"]
+    for rank in ranks:
+        assert rank["there"] == str(folder / "cache/there.pt")
+        assert rank["missing"].startswith("failed: cannot download http://127.0.0.1:")
+    assert [path.name for path in (folder / "cache").iterdir()] == ["there.pt"]
+
+
+def test_two_processes_train_as_one_does(trained, pair):
+    _, folder, process, _ = pair
+    assert process.stdout.count("epoch   1") == 1                        # rank 0 alone prints
+    assert "2 processes on cpu, 1 thread each" in process.stdout
+    (one, log_one, last_one), (two, log_two, last_two) = read(trained), read(folder / "run")
+    assert (two["world_size"], two["threads"], two["test_images"]) == (2, 1, 7)
+    for field in ("accuracy", "global_accuracy", "local_accuracy", "zero_shot_accuracy"):
+        assert one[field] == two[field]
+    for a, b in zip(log_one, log_two, strict=True):
+        for field in ("loss", "global_loss", "local_loss"):
+            assert a[field] == pytest.approx(b[field], rel=1e-4)
+        assert a["train_accuracy"] == pytest.approx(b["train_accuracy"])
+    for name, tensor in last_one["learned"].items():
+        torch.testing.assert_close(last_two["learned"][name], tensor, atol=1e-4, rtol=1e-3)
+    for i, state in last_one["optimizer"]["state"].items():               # SGD's momentum: the gradients, summed up
+        torch.testing.assert_close(last_two["optimizer"]["state"][i]["momentum_buffer"], state["momentum_buffer"],
+                                   atol=1e-4, rtol=1e-2)
+    assert (folder / "run/per_class.csv").read_text() == (trained / "per_class.csv").read_text()
 
 
 @pytest.mark.parametrize("options", [dict(text_chunk=1), dict(text_chunk=2), dict(text_chunk=2, checkpoint_text=True)])
@@ -64,8 +95,8 @@ def test_chunks_and_checkpoints_change_neither_values_nor_gradients(options):
     images, labels, kept = batch(3, 5)
     for model in (whole, parts):
         objective(*model(images, kept), labels).backward()
-    for name, expected in learned_gradients(whole).items():
-        torch.testing.assert_close(learned_gradients(parts)[name], expected, atol=1e-6, rtol=1e-3)
+    for name, expected in gradients(whole).items():
+        torch.testing.assert_close(gradients(parts)[name], expected, atol=1e-6, rtol=1e-3)
 
 
 def test_names_of_any_length_meet_their_own_eot():

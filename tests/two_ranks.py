@@ -1,0 +1,73 @@
+"""All that two processes must show, in one pair of them. torchrun starts it; test_distributed.py reads what it leaves.
+
+    torchrun --standalone --nproc_per_node=2 tests/two_ranks.py FOLDER ADDRESS MISSING [options of train.py]
+
+Rank r leaves FOLDER/r.pt. ADDRESS and MISSING are files on a server: one that is there and one that is not.
+"""
+
+import os
+import sys
+
+import torch.distributed as dist
+
+from conftest import random_clip  # first: it puts the project on the path
+
+import torch  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+
+from clip import loader  # noqa: E402
+from sotglp import SOTGLP, draw_prompts, objective  # noqa: E402
+
+# Names of 2, 1, 1, 3 and 7 tokens. Sorted by length they stand in the order 1, 2, 0, 3, 4: not its own inverse.
+NAMES = ["sea lake", "cat", "dog", "annual crop land", "a rather long name of a class"]
+CASES = {"classes and images do not divide": (3, 5), "rank 1 has neither class nor image": (1, 1)}   # images, classes
+
+
+def make_model(n_classes, **options):
+    """The model of a case, the same on every process."""
+    torch.manual_seed(1)
+    return SOTGLP(random_clip(), NAMES[:n_classes], n_support=5, **options).train()
+
+
+def batch(n_images, n_classes):
+    torch.manual_seed(2)
+    return torch.randn(n_images, 3, 32, 32), torch.arange(n_images) % n_classes, draw_prompts(n_images, 4, 0.75)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def share_of_a_step(n_images, n_classes, rank, world):
+    """A training step as train.py does it -> gradients, this rank's loss, text features."""
+    model = make_model(n_classes, ranks=(rank, world), text_chunk=1)
+    images, labels, kept = (part[rank::world] for part in batch(n_images, n_classes))
+    network = DistributedDataParallel(model)     # kept until after the backward pass, or it would average nothing
+    g, l = network(images, kept)
+    loss = objective(g, l, labels) * (len(labels) * world / n_images) if len(labels) else 0 * (g + l).sum()
+    loss.backward()
+    return gradients(model), loss.item(), [text.detach() for text in model.encode_prompts()]
+
+
+def fetched(address):
+    """What a rank gets from the loader: the path of the file, or its error in words."""
+    try:
+        return str(loader.fetch(address))
+    except ConnectionError as error:
+        return f"failed: {error}"
+
+
+def main(folder, address, missing, *options):
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    seen = {name: share_of_a_step(*case, rank, world) for name, case in CASES.items()}
+    seen |= {"there": fetched(address), "missing": fetched(missing), "threads": torch.get_num_threads()}
+    torch.save(seen, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+    import train
+    train.main(train.parse_args([*options, "--output-dir", f"{folder}/run"]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
