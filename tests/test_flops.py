@@ -3,6 +3,9 @@
 Attention is left out: some versions of torch count it on CPU, some do not, and it is a small part.
 """
 
+import clip  # before torch: it bounds how long torch's threads wait
+
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -11,6 +14,12 @@ from sotglp import SOTGLP, local_logits
 
 W, LAYERS, P, D = 128, 2, 16, 32           # of the random CLIP; both towers have the same width and depth
 BLOCK = 3 * W * W + W * W + 8 * W * W      # multiplications per token: Q, K, V; output projection; perceptron
+
+
+@pytest.fixture(scope="module")
+def clip_model():
+    """One for all tests of this file: counting changes nothing in it."""
+    return random_clip()
 
 
 def multiplications(function):
@@ -25,6 +34,14 @@ def test_second_stream_costs_one_output_projection_per_block(clip_model):
     embedding = 2 * P * 3 * 8 * 8 * W
     assert multiplications(lambda: clip_model.encode_patches(images, "qk")) == embedding + tokens * LAYERS * BLOCK
     assert multiplications(lambda: clip_model.encode_patches(images)) == embedding + tokens * LAYERS * (BLOCK + W * W)
+
+
+def test_what_reads_an_image_feature_or_a_text_computes_nothing_else(clip_model):
+    # the ordinary stream alone; and a text no further than the longest [EOT]: [SOS] 3 words [EOT] are 5 tokens
+    images, tokens = torch.randn(2, 3, 32, 32), clip.tokenize(["cat", "a red dog"])
+    image = 2 * (P * 3 * 8 * 8 * W + (1 + P) * LAYERS * BLOCK + W * D)
+    assert multiplications(lambda: clip_model.encode_image(images)) == image
+    assert multiplications(lambda: clip_model.encode_text(tokens)) == 2 * (5 * LAYERS * BLOCK + W * D)
 
 
 def test_text_tower_sees_no_token_behind_the_longest_name_of_a_chunk(clip_model):
@@ -45,10 +62,12 @@ def test_frozen_weights_get_no_gradient_work(clip_model):
 
 
 def test_local_projection_is_folded_into_the_joint_one(clip_model):
-    # (W, W) @ (W, D) once, then P tokens times (W, D) per image; unfolded, P tokens times (W, W) would come on top
-    model, B = SOTGLP(clip_model, ["cat", "dog"]), 3
-    cls, patches = torch.randn(B, W), torch.randn(B, P, W)
-    assert multiplications(lambda: model.encode_images((cls, patches))) == B * W * D + W * W * D + B * P * W * D
+    # (W, W) @ (W, D) once, then P tokens times (W, D) per image; unfolded, P tokens times (W, W) would come on top.
+    # Cosines: one image and P patches with 4 prompts each of 2 classes.
+    model, B = SOTGLP(clip_model, ["cat", "dog"]).eval(), 3
+    features = torch.randn(B, W), torch.randn(B, P, W)
+    found = multiplications(lambda: model(features)) - multiplications(lambda: model.encode_prompts())
+    assert found == B * W * D + W * W * D + B * P * W * D + B * (1 + P) * 2 * 4 * D
 
 
 def test_matching_costs_one_product_of_patches_and_prompts():

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import clip
-from clip.model import Block, build_model
+from clip.model import CLIP, Block, build_model
 
 from conftest import random_clip
 
@@ -30,56 +31,112 @@ def test_vv_attention_by_hand():
     torch.testing.assert_close(z, torch.tensor([[[15 + c, 26], [17 - c, 28]]]), atol=1e-4, rtol=0)
 
 
-def test_vv_stream_is_z0_plus_every_blocks_vv_attention(clip_model):
-    # Eq. 2 written out: all blocks, V from the ordinary stream, residual from Z_0, CLS a key and value, no perceptron
-    tower, images = clip_model.visual, torch.randn(2, 3, 32, 32)
-    x = z = tower.embed(images)
-    for block in tower.transformer.resblocks:
-        v_weight, v_bias = block.attn.in_proj_weight[256:], block.attn.in_proj_bias[256:]    # after those of Q and K
-        heads = (block.ln_1(x) @ v_weight.T + v_bias).unflatten(-1, (2, 64)).transpose(1, 2)              # (B, H, 1+P, 64)
-        attention = (heads @ heads.transpose(-1, -2) / 8).softmax(-1)                        # sqrt(64) = 8
-        z = z + block.attn.out_proj((attention @ heads).transpose(1, 2).flatten(2))
-        x = block(x)
-    cls, patches = clip_model.encode_patches(images)
-    torch.testing.assert_close(patches, tower.ln_post(z[:, 1:]), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(cls, tower.ln_post(x[:, 0]), atol=1e-4, rtol=1e-4)
+# ---- both towers, written out from their weights ---------------------------------------------------------------
+
+def uneven_clip():
+    """A CLIP of towers that differ in width (one head, three heads) and depth; 9 patches, 12 tokens, 100 words."""
+    model = CLIP(24, 24, 8, 64, 1, 12, 100, 192, 3)
+    for name, p in model.named_parameters():
+        p.data = ("ln_" in name and name.endswith("weight")) + 0.1 * torch.randn(p.shape)
+    return model
 
 
-def reference_stream(transformer, x, causal=False):
-    """The ordinary stream with torch's nn.MultiheadAttention and x * sigmoid(1.702 x), as OpenAI describe it."""
+@pytest.fixture(params=[random_clip, uneven_clip])
+def any_clip(request):
+    return request.param()
+
+
+def layer_norm(x, layer):
+    centred = x - x.mean(dim=-1, keepdim=True)
+    return centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * layer.weight + layer.bias
+
+
+def embedded(tower, images):
+    """Z_0: pieces of 8 by 8 pixels, row by row, times the weights; the class token before them; places; ln_pre."""
+    patches = F.unfold(images, 8, stride=8).transpose(1, 2) @ tower.conv1.weight.flatten(1).T           # (B, P, W)
+    cls = tower.class_embedding[None, None].repeat(len(images), 1, 1)
+    return layer_norm(torch.cat([cls, patches], dim=1) + tower.positional_embedding[None], tower.ln_pre)
+
+
+def attended(block, x, causal):
+    """torch's nn.MultiheadAttention, heads of width 64."""
     mask = torch.full((x.shape[1],) * 2, -math.inf).triu(1) if causal else None
-    for block in transformer.resblocks:
-        attention = nn.MultiheadAttention(x.shape[-1], x.shape[-1] // 64, batch_first=True)
-        attention.load_state_dict(block.attn.state_dict())
-        h = block.ln_1(x)
-        x = x + attention(h, h, h, need_weights=False, attn_mask=mask)[0]
-        h = block.mlp.c_fc(block.ln_2(x))
-        x = x + block.mlp.c_proj(h * torch.sigmoid(1.702 * h))
+    attention = nn.MultiheadAttention(x.shape[-1], x.shape[-1] // 64, batch_first=True)
+    attention.load_state_dict(block.attn.state_dict())
+    h = layer_norm(x, block.ln_1)
+    return x + attention(h, h, h, need_weights=False, attn_mask=mask)[0]
+
+
+def perceptron(block, x):
+    """x * sigmoid(1.702 x) between two linear layers, as OpenAI describe it."""
+    h = layer_norm(x, block.ln_2) @ block.mlp.c_fc.weight.T + block.mlp.c_fc.bias
+    return x + (h * torch.sigmoid(1.702 * h)) @ block.mlp.c_proj.weight.T + block.mlp.c_proj.bias
+
+
+def ordinary_stream(blocks, x, causal=False):
+    for block in blocks:
+        x = perceptron(block, attended(block, x, causal))
     return x
 
 
-def test_image_features_equal_the_reference(clip_model):
-    images, tower = torch.randn(2, 3, 32, 32), clip_model.visual
-    tokens = reference_stream(tower.transformer, tower.embed(images))
-    for found, expected in ((clip_model.encode_image(images), tower.ln_post(tokens[:, 0]) @ tower.proj),
-                            (clip_model.encode_patches(images, "qk")[1], tower.ln_post(tokens[:, 1:]))):
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+def values(block, x):
+    """V (B, H, 1+P, 64): the last third of the rows of in_proj, those of Q and K come before."""
+    width = x.shape[-1]
+    weight, bias = block.attn.in_proj_weight[2 * width :], block.attn.in_proj_bias[2 * width :]
+    return (layer_norm(x, block.ln_1) @ weight.T + bias).unflatten(-1, (-1, 64)).transpose(1, 2)
 
 
-def test_text_features_equal_the_reference_over_all_77_tokens(clip_model):
-    tokens = clip.tokenize(["a photo of a cat", "dog", "a satellite photo of annual crop land."])
-    x = clip_model.token_embedding(tokens) + clip_model.positional_embedding
-    x = clip_model.ln_final(reference_stream(clip_model.transformer, x, causal=True))
-    expected = x[torch.arange(3), tokens.argmax(-1)] @ clip_model.text_projection
-    torch.testing.assert_close(clip_model.encode_text(tokens), expected, atol=1e-4, rtol=1e-4)
+def assert_near(found, expected):
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_first_token_is_the_class_token_and_patches_go_row_by_row(clip_model):
-    # an image that is white in the patch of row 1, column 2 (of 4 x 4) changes token 1 + 1 * 4 + 2 = 7 and no other
-    image = torch.zeros(1, 3, 32, 32)
-    image[:, :, 8:16, 16:24] = 1
-    changed = (clip_model.visual.embed(image) - clip_model.visual.embed(torch.zeros(1, 3, 32, 32))).abs().amax(-1)[0]
-    assert changed.nonzero().flatten().tolist() == [7]
+def test_vv_stream_is_z0_plus_every_blocks_vv_attention(any_clip):
+    # Eq. 2 written out: all blocks, V from the ordinary stream, residual from Z_0, CLS a key and value, no perceptron
+    tower, resolution = any_clip.visual, any_clip.visual.resolution
+    images = torch.randn(2, 3, resolution, resolution)
+    x = z = embedded(tower, images)
+    for block in tower.transformer.resblocks:
+        v = values(block, x)
+        attention = (v @ v.transpose(-1, -2) / 8).softmax(-1)                            # sqrt(64) = 8
+        z = z + block.attn.out_proj((attention @ v).transpose(1, 2).flatten(2))
+        x = ordinary_stream([block], x)
+    cls, patches = any_clip.encode_patches(images)
+    assert_near(patches, layer_norm(z[:, 1:], tower.ln_post))
+    assert_near(cls, layer_norm(x[:, 0], tower.ln_post))
+
+
+def test_image_features_equal_the_reference(any_clip):
+    tower, resolution = any_clip.visual, any_clip.visual.resolution
+    images = torch.randn(2, 3, resolution, resolution)
+    tokens = layer_norm(ordinary_stream(tower.transformer.resblocks, embedded(tower, images)), tower.ln_post)
+    assert_near(any_clip.encode_image(images), tokens[:, 0] @ tower.proj)
+    cls, patches = any_clip.encode_patches(images, "qk")
+    assert_near(cls, tokens[:, 0])
+    assert_near(patches, tokens[:, 1:])
+
+
+def test_value_stream_is_the_last_block_without_its_attention_matrix(any_clip):
+    tower, resolution = any_clip.visual, any_clip.visual.resolution
+    images = torch.randn(2, 3, resolution, resolution)
+    *first, last = tower.transformer.resblocks
+    before = ordinary_stream(first, embedded(tower, images))
+    h = perceptron(last, before + last.attn.out_proj(values(last, before).transpose(1, 2).flatten(2)))
+    cls, patches = any_clip.encode_patches(images, "value")
+    assert_near(patches, layer_norm(h[:, 1:], tower.ln_post))
+    assert_near(cls, layer_norm(ordinary_stream([last], before)[:, 0], tower.ln_post))
+
+
+def test_text_features_equal_the_reference_over_the_whole_context(any_clip):
+    # the largest token is [EOT]: here 99, at places 3, 11 and 1 of each text, zeros behind it
+    tokens = torch.zeros(3, any_clip.context_length, dtype=torch.int64)
+    for text, eot in zip(tokens, (3, 11, 1)):
+        text[:eot], text[eot] = torch.randint(1, 99, (eot,)), 99
+    x = any_clip.token_embedding.weight[tokens] + any_clip.positional_embedding[None]
+    x = ordinary_stream(any_clip.transformer.resblocks, x, causal=True)
+    expected = layer_norm(x[torch.arange(3), torch.tensor([3, 11, 1])], any_clip.ln_final) @ any_clip.text_projection
+    assert_near(any_clip.encode_text(tokens), expected)
+    embeddings = any_clip.token_embedding.weight[tokens[:, :12]]
+    assert_near(any_clip.encode_embeddings(embeddings, torch.tensor([3, 11, 1])), expected)
 
 
 def test_value_stream_ignores_the_other_tokens_of_the_last_block():
@@ -90,11 +147,6 @@ def test_value_stream_ignores_the_other_tokens_of_the_last_block():
     other[:, :, :8, :8] = 0                                              # patch 0 changes
     a, b = (model.encode_patches(x, "value")[1][0] for x in (image, other))
     assert not torch.allclose(a[0], b[0]) and torch.equal(a[1:], b[1:])
-    block, tokens = model.visual.transformer.resblocks[0], model.visual.embed(image)
-    v = block.ln_1(tokens) @ block.attn.in_proj_weight[256:].T + block.attn.in_proj_bias[256:]
-    h = tokens + block.attn.out_proj(v)
-    h = h + block.mlp(block.ln_2(h))
-    torch.testing.assert_close(a, model.visual.ln_post(h[0, 1:]), atol=1e-4, rtol=1e-4)
 
 
 def test_unknown_stream_is_refused_by_name(clip_model):
@@ -118,42 +170,69 @@ def test_a_text_does_not_depend_on_the_others(clip_model):
 
 def test_state_dict_builds_the_model_it_came_from(clip_model):
     images, tokens = torch.randn(1, 3, 32, 32), clip.tokenize("cat")
-    built = build_model({**clip_model.state_dict(), "input_resolution": torch.tensor(32)})
+    built = build_model({**clip_model.state_dict(), "input_resolution": torch.tensor(32),
+                         "context_length": torch.tensor(77), "vocab_size": torch.tensor(49408)})
     assert torch.equal(built.encode_image(images), clip_model.encode_image(images))
     assert torch.equal(built.encode_text(tokens), clip_model.encode_text(tokens))
     assert built.visual.resolution == 32 and all(p.dtype == torch.float32 for p in built.parameters())
+    assert not built.training and not any(p.requires_grad for p in built.parameters())
     half = build_model({k: v.half() for k, v in clip_model.state_dict().items()})
-    assert half.logit_scale.dtype == torch.float32
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+
+
+def test_every_size_is_read_from_the_weights():
+    # 11 and 1 blocks: "1" and "10" begin alike
+    for model in (uneven_clip(), CLIP(8, 48, 16, 64, 11, 9, 10, 128, 1)):
+        state = {name: torch.randn(tensor.shape) for name, tensor in model.state_dict().items()}
+        built = build_model(state)
+        assert [len(t.resblocks) for t in (built.visual.transformer, built.transformer)] == \
+            [len(t.resblocks) for t in (model.visual.transformer, model.transformer)]
+        assert (built.visual.resolution, built.context_length) == (model.visual.resolution, model.context_length)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in built.state_dict().items())
 
 
 def test_clip_stays_frozen_and_in_evaluation_mode(clip_model):
-    clip_model.train()
+    assert clip_model.train() is clip_model
     nn.Sequential(clip_model).train()
     assert not any(module.training for module in clip_model.modules())
     assert not any(p.requires_grad for p in clip_model.parameters())
+
+
+def test_only_what_is_multiplied_by_is_kept_in_half_precision(clip_model):
+    clip_model.store_matrices(torch.bfloat16)
+    half = {name for name, p in clip_model.named_parameters() if p.dtype == torch.bfloat16}
+    layers = [f"{tower}transformer.resblocks.{i}.{layer}" for tower in ("", "visual.") for i in range(2) for layer in (
+        "attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight", "attn.out_proj.bias",
+        "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias")]
+    assert half == {"visual.conv1.weight", *layers}
+    assert {p.dtype for p in clip_model.parameters()} == {torch.bfloat16, torch.float32}
 
 
 def test_matrices_in_half_precision_give_nearly_the_same_features(clip_model):
     images, tokens = torch.randn(2, 3, 32, 32), clip.tokenize(["a cat", "a dog"])
     patches, text = clip_model.encode_patches(images)[1], clip_model.encode_text(tokens)
     clip_model.store_matrices(torch.bfloat16)
-    assert clip_model.transformer.resblocks[0].attn.in_proj_weight.dtype == torch.bfloat16
-    assert clip_model.ln_final.weight.dtype == clip_model.token_embedding.weight.dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
         again = clip_model.encode_patches(images)[1], clip_model.encode_text(tokens)
     for found, expected in zip(again, (patches, text)):                  # bfloat16 has 8 bits: 0.4 % per rounding
-        assert torch.nn.functional.cosine_similarity(found.float(), expected, dim=-1).min() > 0.99
+        assert F.cosine_similarity(found.float(), expected, dim=-1).min() > 0.99
 
 
 @pytest.mark.parametrize("change, complaint", [
     (lambda s: s.pop("visual.ln_post.bias"), "missing visual.ln_post.bias"),
     (lambda s: s.update(extra=torch.zeros(1)), "unexpected extra"),
     (lambda s: s.update(logit_scale=torch.zeros(2)), r"logit_scale is \(2,\), expected \(\)"),
-    (lambda s: s.update({"visual.layer1.0.conv1.weight": torch.zeros(1)}), "ResNet"),
-    (lambda s: s.pop("visual.conv1.weight"), "no CLIP with a vision transformer"),
-    (lambda s: s.clear(), "nothing")])
-def test_wrong_weights_are_named(clip_model, change, complaint):
-    state = clip_model.state_dict()
+    (lambda s: s.update(text_projection=torch.zeros(192, 1, 1)), "no CLIP with a vision transformer"),
+    (lambda s: (s.pop("ln_final.bias"), s.update(extra=s.pop("logit_scale"), positional_embedding=torch.zeros(12, 7))),
+     r"missing logit_scale; missing ln_final.bias; unexpected extra; positional_embedding is \(12, 7\), "
+     r"expected \(12, 192\)"),
+    (lambda s: s.update({"visual.layer1.0.conv1.weight": torch.zeros(1)}), "ResNet image tower.*ViT-B/16, ViT-B/32 or"),
+    (lambda s: s.pop("visual.conv1.weight"), "no CLIP with a vision transformer: 'visual.conv1.weight' not found.*"
+     "begins with positional_embedding, text_projection, logit_scale"),
+    (lambda s: (s.clear(), s.update(dict.fromkeys("abcd", torch.zeros(1)))), "begins with a, b, c$"),
+    (lambda s: s.clear(), "begins with nothing")])
+def test_wrong_weights_are_named(change, complaint):
+    state = uneven_clip().state_dict()
     change(state)
     with pytest.raises(ValueError, match=complaint):
         build_model(state)

@@ -32,6 +32,18 @@ def test_first_iteration_by_hand():
     torch.testing.assert_close(sinkhorn(cost, epsilon=1.0, n_iters=1), expected)
 
 
+@pytest.mark.parametrize("options", [dict(), dict(epsilon=0.3), dict(n_iters=3), dict(epsilon=0.05, n_iters=7)])
+def test_iterations_are_those_of_the_plain_domain(options):
+    # Cuturi's form: kernel e^(-cost / eps), u = a / (kernel v), v = b / (kernel^T u), plan diag(u) kernel diag(v);
+    # epsilon is 0.1 and 20 iterations are made where nothing else is said
+    cost = torch.rand(5, 3, dtype=torch.float64)
+    kernel, v = (-cost / options.get("epsilon", 0.1)).exp(), torch.ones(3, dtype=torch.float64)
+    for _ in range(options.get("n_iters", 20)):
+        u = 1 / 5 / (kernel @ v)
+        v = 1 / 3 / (kernel.T @ u)
+    torch.testing.assert_close(sinkhorn(cost, **options), u[:, None] * kernel * v, atol=1e-12, rtol=1e-9)
+
+
 def test_plan_is_the_entropic_optimum():
     # Any plan of the form diag(u) exp(-cost / eps) diag(v) with the right marginals is the one optimum: then
     # log plan + cost / eps is a sum of a row term and a column term, so its double differences vanish.
@@ -47,6 +59,13 @@ def test_marginals_hold():
     plan = sinkhorn(torch.rand(64, 5, 2), a, b, n_iters=300)
     torch.testing.assert_close(plan.sum(-2), b.expand(64, 2))
     torch.testing.assert_close(plan.sum(-1), a.expand(64, 5), atol=1e-5, rtol=0)
+
+
+def test_marginals_are_uniform_where_none_are_given():
+    # one of the two given, the other one is 1/5 per row or 1/2 per column
+    cost, a, b = torch.rand(5, 2), torch.tensor([0.1, 0.2, 0.3, 0.15, 0.25]), torch.tensor([0.7, 0.3])
+    torch.testing.assert_close(sinkhorn(cost, a), sinkhorn(cost, a, torch.full((2,), 1 / 2)))
+    torch.testing.assert_close(sinkhorn(cost, b=b), sinkhorn(cost, torch.full((5,), 1 / 5), b))
 
 
 def test_columns_are_exact_after_any_number_of_iterations():
@@ -65,6 +84,14 @@ def test_marginals_may_differ_from_problem_to_problem():
     plan = sinkhorn(torch.rand(2, 3, 4), a, n_iters=100)
     torch.testing.assert_close(plan.sum(-1), a, atol=1e-5, rtol=0)
     assert plan[0, 2].eq(0).all()                       # a row of weight 0 carries nothing, and is no NaN
+
+
+def test_each_problem_has_its_own_marginals():
+    cost, a, b = torch.rand(3, 2, 5, 4), torch.rand(3, 2, 5).softmax(-1), torch.rand(3, 2, 4).softmax(-1)
+    plan = sinkhorn(cost, a, b)
+    for i in range(3):
+        for j in range(2):
+            torch.testing.assert_close(plan[i, j], sinkhorn(cost[i, j], a[i, j], b[i, j]))
 
 
 def test_constants_added_to_rows_or_columns_change_nothing():
@@ -94,7 +121,9 @@ def test_no_nan_at_tiny_epsilon():
 
 
 def test_one_problem_does_not_depend_on_the_others():
+    # the first image's costs are 100 times those of the others: it neither stops nor rescales what they do
     cost = torch.rand(3, 7, 10, 4)
+    cost[0] *= 100
     batched = sinkhorn(cost)
     assert batched.shape == cost.shape
     for i in range(3):
@@ -114,6 +143,8 @@ def test_gradient_of_the_entropic_value_is_the_plan():
 def test_gradient_through_the_iterations_equals_finite_differences():
     cost = torch.rand(2, 4, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda c: sinkhorn(c, epsilon=0.2, n_iters=7), cost)
+    a, b = (torch.rand(2, n, dtype=torch.float64, requires_grad=True) for n in (4, 3))
+    assert torch.autograd.gradcheck(lambda a, b: sinkhorn(cost.detach(), a.softmax(-1), b.softmax(-1), 0.2, 7), (a, b))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -127,9 +158,37 @@ def test_half_precision_and_autocast_compute_in_float32(dtype):
     assert sinkhorn(cost.double()).dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_marginals_serve_by_place_and_by_name(dtype):
+    # 1/8, 3/8, 1/2 and 1/4, 3/4 are exact in every format, so the plans are the same
+    cost, a, b = torch.rand(3, 2), torch.tensor([1 / 8, 3 / 8, 1 / 2]), torch.tensor([1 / 4, 3 / 4])
+    expected = sinkhorn(cost, a, b)
+    assert torch.equal(sinkhorn(cost, a.to(dtype), b.to(dtype)), expected)
+    assert torch.equal(sinkhorn(cost, b=b.to(dtype), a=a.to(dtype)), expected)
+
+
+def test_marginals_may_have_any_mass_that_is_the_same_for_both():
+    cost = torch.rand(4, 2)
+    plan = sinkhorn(cost, torch.full((4,), 0.5), torch.ones(2))                   # 4 / 2 = 2 * 1 = 2
+    torch.testing.assert_close(plan, 2 * sinkhorn(cost))
+
+
+def test_rounding_is_no_difference_in_mass():
+    # 4 (1/4 + 1.25e-5) = 1 + 5e-5 is still 1, 4 (1/4 + 5e-5) = 1 + 2e-4 is not
+    sinkhorn(torch.rand(4, 2), a=torch.full((4,), 0.25 + 1.25e-5))
+    with pytest.raises(ValueError, match="differ in mass"):
+        sinkhorn(torch.rand(4, 2), a=torch.full((4,), 0.25 + 5e-5))
+
+
 @pytest.mark.parametrize("options, complaint", [
-    (dict(epsilon=0.0), "epsilon > 0"), (dict(n_iters=0), "n_iters >= 1"),
-    (dict(a=torch.full((3,), 1 / 3)), "marginal a has 3 entries"), (dict(b=torch.ones(2)), "differ in mass")])
+    (dict(epsilon=0.0), r"epsilon > 0 .* got epsilon=0.0, n_iters=20"), (dict(epsilon=-0.1), "epsilon > 0"),
+    (dict(n_iters=0), r"n_iters >= 1, got epsilon=0.1, n_iters=0"), (dict(n_iters=-1), "n_iters >= 1"),
+    (dict(a=torch.full((3,), 1 / 3)), "marginal a has 3 entries, the cost matrix asks for 4"),
+    (dict(b=torch.full((4,), 1 / 4)), "marginal b has 4 entries, the cost matrix asks for 2"),
+    (dict(a=torch.ones(4)), "differ in mass: a sums to 4.0, b to 1.0"),
+    (dict(b=torch.ones(2)), "differ in mass: a sums to 1.0, b to 2.0"),
+    (dict(a=torch.ones(4), b=torch.ones(2)), "differ in mass: a sums to 4.0, b to 2.0"),
+    (dict(a=torch.tensor([[0.25] * 4, [0.5] * 4])), "differ in mass")])
 def test_bad_input_is_named(options, complaint):
     with pytest.raises(ValueError, match=complaint):
-        sinkhorn(torch.rand(4, 2), **options)
+        sinkhorn(torch.rand(2, 4, 2), **options)
