@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import itertools
 import json
 import random
 
@@ -123,6 +124,35 @@ def test_proportional_by_hand():
         data.proportional(items, 5, 1)
 
 
+def test_all_images_of_the_smallest_class_may_be_drawn():
+    assert sorted(data.few_shot(SPLIT["train"], 6, 1)) == sorted(SPLIT["train"])
+    items = [(str(i), i % 3, "c") for i in range(12)]
+    assert sorted(data.proportional(items, 4, 1)) == sorted(items)
+
+
+@pytest.mark.parametrize("counts, shots, expected", [
+    # 2 shots of 3 classes are 6 of 11 images: 30/11, 24/11, 12/11 -> floors 2, 2, 1; the sixth to the rest 8/11
+    ((5, 4, 2), 2, (3, 2, 1)),
+    # 1 shot of 3 classes are 3 of 12: 15/12, 18/12, 3/12 -> floors 1, 1, 0; the third to the rest 6/12
+    ((5, 6, 1), 1, (1, 2, 0)),
+    # 3 of 20: 2.4, 0.3, 0.3 -> floors 2, 0, 0; the third to the rest .4
+    ((16, 2, 2), 1, (3, 0, 0)),
+])
+def test_the_largest_remainder_is_rounded_up(counts, shots, expected):
+    items = [(f"{label}/{i}", label, str(label)) for label, count in enumerate(counts) for i in range(count)]
+    for seed in range(8):
+        drawn = [label for _, label, _ in data.proportional(items, shots, seed)]
+        assert tuple(map(drawn.count, range(3))) == expected
+
+
+def test_validation_goes_on_in_the_stream_of_the_training_draw(eurosat):
+    for sampler, draw in (("exact", data.few_shot), ("proportional", data.proportional)):
+        train, val, *_ = data.load("eurosat", eurosat, 2, 1, sampler)
+        rng, names = random.Random(1), [[path.rsplit("/", 1)[1] for path, *_ in items] for items in (train, val)]
+        assert names == [[path.rsplit("/", 1)[1] for path, *_ in drawn]
+                         for drawn in (draw(SPLIT["train"], 2, rng), data.few_shot(SPLIT["val"], 2, rng))]
+
+
 def test_proportional_and_exact_agree_on_balanced_classes(eurosat):
     train, val, *_ = data.load("eurosat", eurosat, 2, 1, sampler="proportional")
     assert [sum(label == c for _, label, _ in train) for c in range(3)] == [2, 2, 2] and len(val) == 6
@@ -137,14 +167,70 @@ def test_labels_and_names_are_the_split_files(eurosat):
         assert all(class_names[label] == name and f"/{name}_" in path for path, label, name in items)
 
 
-def test_the_table_is_consistent():
-    for name, row in data.DATASETS.items():
-        assert row.template.format("cat").count("cat") == 1 and "{" not in row.template.format("cat")
-        assert (row.digest is not None) == any(file.startswith("split_zhou_") for file in row.lists)
-        assert row.digest is None or len(row.digest) in (40, 64)
-        assert len(row.sizes or (0, 0, 0)) == 3
-    assert sum(row.zero_shot is not None for row in data.DATASETS.values()) == 11
-    assert data.template("dtd") == "{} texture."
+# As CoOp's repository (templates, folders, split files) and GalLoP's README (accuracies) have them. The columns:
+# template; classes; train, val, test; zero-shot accuracy; CoOp's list folder and picture folder in it; torchvision's;
+# the split file; its SHA-256, or the id of git's blob
+FACTS = {
+    "imagenet": ("a photo of a {}.", 1000, (1281167, 0, 50000), 66.7, ("imagenet", "images"), ("imagenet", ""),
+                 "classnames.txt", None),
+    "caltech101": ("a photo of a {}.", 100, (4128, 1649, 2465), 92.2, ("caltech-101", "101_ObjectCategories"),
+                   ("caltech101", "101_ObjectCategories"), "split_zhou_Caltech101.json",
+                   "52ce83205ff8ff8a1a18119aad6376120ae35c36e783a984bc560cbf10e73fa5"),
+    "oxford_pets": ("a photo of a {}, a type of pet.", 37, (2944, 736, 3669), 88.4, ("oxford_pets", "images"),
+                    ("oxford-iiit-pet", "images"), "split_zhou_OxfordPets.json",
+                    "d7f3ffe65b3919f95132e51422894ae18686b83c331fd8c0adcdc3dc2de6301e"),
+    "stanford_cars": ("a photo of a {}.", 196, (6509, 1635, 8041), 65.5, ("stanford_cars", ""), None,
+                      "split_zhou_StanfordCars.json",
+                      "40acee7aa65c8e4727a32d90e884b7c3f8960b523422317e163f7af65432959d"),
+    "oxford_flowers": ("a photo of a {}, a type of flower.", 102, (4093, 1633, 2463), 70.7, ("oxford_flowers", "jpg"),
+                       ("flowers-102", "jpg"), "split_zhou_OxfordFlowers.json",
+                       "2f50c42fc1a17ca13c271cb4269b1347bdb43d2be672e34f74a4e4cbfbcca794"),
+    "food101": ("a photo of {}, a type of food.", 101, (50500, 20200, 30300), 84.8, ("food-101", "images"), None,
+                "split_zhou_Food101.json", "39557040ee6501bd32aa8b5dfd75f7941a32f0a7"),
+    "fgvc_aircraft": ("a photo of a {}, a type of aircraft.", 100, (3334, 3333, 3333), 24.8,
+                      ("fgvc_aircraft", "images"), ("fgvc-aircraft-2013b/data", "images"), "variants.txt", None),
+    "sun397": ("a photo of a {}.", 397, (15880, 3970, 19850), 62.3, ("sun397", "SUN397"), ("SUN397", ""),
+               "split_zhou_SUN397.json", "8d5725db8f70bcf02245665304f863e68f96a24c"),
+    "dtd": ("{} texture.", 47, (2820, 1128, 1692), 44.1, ("dtd", "images"), ("dtd", "dtd/images"),
+            "split_zhou_DescribableTextures.json", "f26ebeccd2b58e68d70f07a0dc39fe49bf7b69024bac34396b954dfd87969c38"),
+    "eurosat": ("a centered satellite photo of {}.", 10, (13500, 5400, 8100), 48.3, ("eurosat", "2750"), None,
+                "split_zhou_EuroSAT.json", "541503a77d0b26b735d85ec7a3e672804fe0aa466c2e5f07da772cc6c0af8ad2"),
+    "ucf101": ("a photo of a person doing {}.", 101, (7639, 1898, 3783), 64.7, ("ucf101", "UCF-101-midframes"), None,
+               "split_zhou_UCF101.json", "d78cb834f7c5792ceaff2c5ee2d7c76a9e4086e48a3a6b01232989d29cbefdd8"),
+    # 16 classes of 64, 40 and 60 drawn pictures
+    "critters": ("a photo of a {}.", 16, (1024, 640, 960), None, None, None, None, None),
+    "folder": ("a photo of a {}.", None, None, None, ("", ""), None, None, None),
+}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_the_table_has_the_published_facts(name):
+    template, classes, sizes, zero_shot, coop, torchvision, first_list, digest = FACTS[name]
+    row = data.DATASETS[name]
+    assert row.template == data.template(name) == template
+    assert (row.classes, row.sizes, row.zero_shot, row.digest) == (classes, sizes, zero_shot, digest)
+    assert row.layouts == tuple(layout for layout in (coop, torchvision) if layout)
+    assert row.lists[:1] == ((first_list,) if first_list else ())
+
+
+def test_the_table_has_all_data_sets_and_their_lists():
+    assert set(data.DATASETS) == set(FACTS)
+    assert {name: row.lists[1:] for name, row in data.DATASETS.items() if row.lists[1:]} == {
+        "fgvc_aircraft": tuple(f"images_variant_{part}.txt" for part in ("train", "val", "test"))}
+
+
+def test_the_root_is_the_environments_or_data(monkeypatch):
+    monkeypatch.delenv("DATA_ROOT", raising=False)
+    assert data.default_root() == "data"
+    monkeypatch.setenv("DATA_ROOT", "/elsewhere")
+    assert data.default_root() == "/elsewhere"
+
+
+def test_names_and_labels_of_a_split_file_may_be_of_another_type(eurosat):
+    split = {part: [[path, str(label), 10 + label] for path, label, _ in items] for part, items in SPLIT.items()}
+    (eurosat / "eurosat/split_zhou_EuroSAT.json").write_text(json.dumps(split))
+    train, *_, class_names = data.load("eurosat", eurosat, 1, 1)
+    assert class_names == ["10", "11", "12"] and [item[1:] for item in train] == [(2, "12"), (0, "10"), (1, "11")]
 
 
 def test_a_split_file_is_compared_with_the_published_one(eurosat, monkeypatch):
@@ -203,10 +289,24 @@ def test_critters_are_drawn_and_have_no_files():
     C = len(class_names)
     assert (len(train), len(val), len(test)) == (16 * C, 4 * C, 60 * C)
     assert train[0][0].startswith("critters/train/0/")
+    everything = data.load("critters", "nowhere", None, 1)[:3]
+    for part, items in zip(("train", "val", "test"), everything):
+        assert items == [(f"critters/{part}/{label}/{i}", label, name) for label, name in enumerate(class_names)
+                         for i in range(critters.POOL[part])]
     image = data.read_image(train[0][0])
     assert image.size == (64, 64) and image is data.read_image(train[0][0])                       # drawn once
     index = int(train[0][0].rsplit("/", 1)[1])
     assert np.array_equal(image, critters.picture("train", 0, index))
+
+
+def test_a_drawn_picture_of_an_ood_set_has_a_path_too():
+    assert np.array_equal(data.read_image("critters/ood/near/11"), critters.ood_picture("near", 11))
+
+
+def test_a_file_below_a_folder_called_critters_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture(tmp_path / "critters/train/0/1.png")
+    assert data.read_image("critters/train/0/1.png").size == (40, 30)
 
 
 # ---- one's own pictures --------------------------------------------------------------------------------------
@@ -240,13 +340,41 @@ def test_half_of_each_class_is_held_out_where_there_is_no_test_folder(tmp_path):
         data.load("folder", tmp_path, 0, 1)
 
 
-def test_a_folder_may_bring_class_names(tmp_path):
-    folder_tree(tmp_path, ["a", "b"])
-    (tmp_path / "classnames.txt").write_text("\ufeffb\tBoxer dog\na Abyssinian\n", encoding="utf-8")
-    assert data.load("folder", tmp_path, 1, 1)[3] == ["Abyssinian", "Boxer dog"]         # labels by folder, not by line
-    (tmp_path / "classnames.txt").write_text("b Boxer dog\na Abyssinian\nc Corgi\n")
-    with pytest.raises(ValueError, match="3 class names for 2 class folders in .*; without counterpart: c$"):
+@pytest.mark.parametrize("parts", [("",), ("train", "test")])
+def test_a_folder_may_bring_class_names(tmp_path, parts):
+    for part in parts:
+        folder_tree(tmp_path / part, ["a", "b", "c_d"])
+    (tmp_path / "classnames.txt").write_text("\ufeffb\tBoxer  dog\n\n  a Abyssinian \nc_d\n", encoding="utf-8")
+    # labels by folder, not by line; as it is written; who has no name is called as the folder is
+    assert data.load("folder", tmp_path, 1, 1)[3] == ["Abyssinian", "Boxer  dog", "c_d"]
+
+
+@pytest.mark.parametrize("more, message", [("c", "c$"), ("ecd", "c, d, e$"), ("fcde", r"c, d, e \.\.\.$")])
+def test_class_names_without_a_folder_are_named(tmp_path, more, message):
+    folder_tree(tmp_path, ["a", "b"], 2)
+    (tmp_path / "classnames.txt").write_text("\n".join("ab" + more))
+    with pytest.raises(ValueError, match=f"{2 + len(more)} class names for 2 class folders in .*; "
+                                         f"without counterpart: {message}"):
         data.load("folder", tmp_path, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_a_class_may_be_called_train_or_test(tmp_path, name):
+    folder_tree(tmp_path, ["bus", name], 4)
+    train, _, test, class_names = data.load("folder", tmp_path, 0, 1)
+    assert class_names == ["bus", name] and (len(train), len(test)) == (4, 4)
+
+
+def test_only_pictures_and_class_folders_that_can_be_seen_count(tmp_path):
+    for part in ("train", "test"):
+        folder_tree(tmp_path / part, ["b", ".git"], 2)
+        for name in ("x.JPG", "x.jpeg", "x.png", "x.bmp", "x.gif", "x.webp", "x.tif", "x.TIFF", "x.ppm", ".x.png",
+                     "x.txt", "png"):
+            (tmp_path / part / "b" / name).touch()
+        (tmp_path / part / "notes.txt").touch()
+    items, *_ = data.load("folder", tmp_path, 0, 1)
+    assert [path.removeprefix(f"{tmp_path}/train/b/") for path, *_ in items] == [
+        "0.png", "1.png", "x.JPG", "x.TIFF", "x.bmp", "x.gif", "x.jpeg", "x.png", "x.ppm", "x.tif", "x.webp"]
 
 
 def test_a_class_without_a_test_folder_is_named(tmp_path):
@@ -294,6 +422,8 @@ def test_only_the_pictures_that_are_used_must_be_there(eurosat):
     (json.dumps({**SPLIT, "val": [["a.jpg", 4, "bee"]]}), r"labels should run .* found \[0, 1, 2\] ... \[4\]"),
     (json.dumps({**SPLIT, "val": [["a.jpg", 0, "Ant"]]}), "label 0 is 'zebra_fish' and, for .*a.jpg, 'Ant'"),
     (json.dumps({**SPLIT, "val": [["a.jpg", 3, "bee"]]}), "class 'bee' has no train image"),
+    (json.dumps({**SPLIT, "val": [["a.jpg", 4, "fly"], ["a.jpg", 3, "bee"]]}), "class 'bee' has no train image"),
+    (json.dumps({**SPLIT, "test": [["a.jpg", 1, "Ant"]]}), "class 'zebra_fish' has no test image"),
 ])
 def test_a_bad_split_file_says_what_is_wrong(eurosat, split, message):
     (eurosat / "eurosat/split_zhou_EuroSAT.json").write_text(split)
@@ -365,6 +495,69 @@ def test_the_training_transform_crops_flips_and_ends_as_clips():
     assert tail == PREPROCESS.transforms[2:]
 
 
+def bytes_of(pixels):
+    """Pixels as PREPROCESS normalises them -> 0 to 255."""
+    return (pixels * .25 + .5) * 255
+
+
+def crops(image, path, count=20):
+    """Some training crops of a picture."""
+    image.save(path)
+    train = data.Pictures([(str(path), 0, "c")], data.train_transform(PREPROCESS), seed=1)
+    return [bytes_of(train[epoch, 0][0]) for epoch in range(count)]
+
+
+def test_a_crop_is_resized_by_cubics(tmp_path):
+    image = Image.new("L", (9, 9), 64)
+    image.paste(192, (4, 0, 9, 9))
+    grey = torch.stack(crops(image, tmp_path / "a.png"))
+    assert grey.min() < 62 and grey.max() > 194        # a cubic goes beyond the values at an edge; a line never does
+
+
+def test_a_crop_is_resized_before_it_becomes_rgb(tmp_path):
+    # Pillow takes the nearest colours of a palette; in RGB it would mix red and blue
+    image = Image.new("P", (9, 9))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putdata([i % 2 for i in range(81)])
+    colours = torch.cat([crop.round().int().flatten(1).T for crop in crops(image, tmp_path / "a.png")]).unique(dim=0)
+    assert colours.tolist() == [[0, 0, 255], [255, 0, 0]]
+
+
+def test_half_of_the_crops_are_mirrored(tmp_path):
+    image = Image.linear_gradient("L").rotate(90).convert("RGB")                   # brighter to one side
+    brighter = [(crop[:, :, -1] > crop[:, :, 0]).all().item() for crop in crops(image, tmp_path / "a.png", 60)]
+    assert 18 < sum(brighter) < 42
+
+
+def test_each_seed_epoch_and_number_has_a_crop_of_its_own(tmp_path):
+    item = (str(picture(tmp_path / "a.png")), 0, "c")
+    numbers = (0, 1, 2, 11, 12)           # whose sums, products and digits in a row are often the same
+    seen = {data.Pictures([item] * 13, data.train_transform(PREPROCESS), seed)[epoch, i][0].numpy().tobytes()
+            for seed, epoch, i in itertools.product(numbers, repeat=3)}
+    assert len(seen) == 5 ** 3
+
+
+def test_each_seed_and_epoch_has_an_order_of_its_own():
+    orders = set()
+    for seed, epoch in itertools.product((0, 1, 2, 11, 12), repeat=2):
+        batches = data.Batches(30, 7, seed)
+        batches.epoch = epoch
+        orders.add(tuple(i for batch in batches for _, i in batch))
+    assert len(orders) == 5 ** 2
+
+
+def test_an_index_without_an_epoch_is_of_epoch_0(pictures):
+    assert len(pictures) == 11 and torch.equal(pictures[3][0], pictures[0, 3][0]) and pictures[3][1] == 3
+
+
+@pytest.mark.parametrize("device, pinned", [("cpu", False), ("cuda", True), ("cuda:1", True)])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loaders_keep_their_workers_and_pin_memory_for_a_gpu(pictures, device, pinned, workers):
+    for loader in (data.train_loader(pictures, data.Batches(11, 4, 1), workers, device),
+                   data.test_loader(pictures, 4, workers, device)):
+        assert (loader.num_workers, loader.persistent_workers, loader.pin_memory) == (workers, workers > 0, pinned)
+
+
 @pytest.fixture
 def pictures():
     items = [(f"critters/train/0/{i}", i, "c") for i in range(11)]
@@ -433,6 +626,9 @@ def test_every_test_picture_is_counted_once(pictures, world):
     labels = [label for rank in range(world) for _, batch in data.test_loader(test, 4, rank=rank, world=world)
               for label in batch.tolist()]
     assert sorted(labels) == list(range(11))
+    if world == 1:
+        assert labels == list(range(11))                                                  # in their order
+        assert [len(batch) for _, batch in data.test_loader(test, 4)] == [4, 4, 3]
 
 
 def test_one_look_at_each_folder(tmp_path, monkeypatch):

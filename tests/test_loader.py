@@ -5,16 +5,16 @@ import hashlib
 import http.server
 import os
 import pickle
+import sys
 import threading
 import warnings
 import zipfile
 from copy import deepcopy
 from pathlib import Path
+from urllib.error import HTTPError
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 from torch import nn
 
@@ -113,6 +113,8 @@ class Masked(nn.Module):
         self.conv = nn.Conv2d(3, 8, 4).half()
         self.view = nn.Parameter(torch.randn(6, 4)[1:5].t())
         self.register_buffer("count", torch.tensor(7))
+        for dtype in (torch.float64, torch.bfloat16, torch.int32):
+            self.register_buffer(f"of_{dtype}".replace(".", "_"), torch.arange(1, 4).to(dtype))
         self.mask = torch.zeros(5, 5)
 
     def forward(self, x):
@@ -221,6 +223,34 @@ def test_unknown_names_are_told_the_known_ones():
             clip.load(name)
 
 
+def test_the_tiny_weights_are_the_published_ones_and_have_the_documented_sizes():
+    assert hashlib.sha256(loader.TINY.read_bytes()).hexdigest() == \
+        "9db95a94dab33b889cf6a14dc743ca1364c83c5262db08e54bdb62929487f265"        # a new one needs all figures anew
+    model, preprocess = clip.load("tiny")
+    state = model.state_dict()
+    assert (model.visual.resolution, state["visual.conv1.weight"].shape) == (64, (128, 3, 8, 8))
+    assert state["visual.positional_embedding"].shape == (1 + 8 * 8, 128)
+    assert len(model.visual.transformer.resblocks) == 4 and len(model.transformer.resblocks) == 3
+    assert state["text_projection"].shape == state["visual.proj"].shape == (128, 128)
+    assert state["positional_embedding"].shape == (77, 128)
+    table = state["token_embedding.weight"]
+    assert table.shape == (49408, 128) and table.any(1).sum() == 106              # of the words that it knows
+    assert sum(v.numel() for v in state.values()) - table.numel() == pytest.approx(1.46e6, rel=.01)
+    assert preprocess(Image.new("RGB", (70, 80))).shape == (3, 64, 64)
+
+
+@pytest.mark.parametrize("name", ["tiny", loader.TINY])
+def test_a_model_is_put_on_the_device(name):
+    assert {p.device.type for p in clip.load(name, device="meta")[0].parameters()} == {"meta"}
+
+
+def test_a_file_may_lie_below_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = small_clip()
+    save(model.state_dict(), tmp_path / "clip.pt")
+    assert same(clip.load("~/clip.pt")[0], model)
+
+
 def test_missing_tiny_weights_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "TINY", tmp_path / "tiny.pt.gz")
     with pytest.raises(FileNotFoundError, match="tiny.pt.gz is missing"):
@@ -235,6 +265,8 @@ def test_missing_tiny_weights_are_named(tmp_path, monkeypatch):
 class Server(http.server.ThreadingHTTPServer):
     """Answers each request with the next of `answers`, (status, body, promised length), the last one for ever."""
 
+    daemon_threads = True                                               # no answer keeps the tests waiting
+
     def __init__(self, answers):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answers, self.requests = answers, 0
@@ -245,12 +277,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         status, body, length = self.server.answers[min(self.server.requests, len(self.server.answers) - 1)]
         self.server.requests += 1
         self.send_response(status)
-        self.send_header("Content-Length", str(length))
+        if length is not None:
+            self.send_header("Content-Length", str(length))
         self.end_headers()
         self.wfile.write(body)
 
     def log_message(self, *args):
         pass
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    """What is on this machine is asked for directly, whatever proxy the environment names."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
 
 
 @pytest.fixture
@@ -267,7 +308,7 @@ def publish(tmp_path, monkeypatch):
         return server
 
     monkeypatch.setenv("CLIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     yield start
     for server in servers:
         server.shutdown()
@@ -288,6 +329,54 @@ def test_a_published_file_is_downloaded_once(publish, tmp_path, capfd):
     assert capfd.readouterr().err == f"downloading {server.url}\n"
 
 
+def test_the_cache_may_be_deep_and_is_below_the_home_folder_unless_it_is_named(publish, tmp_path, monkeypatch):
+    model = small_clip()
+    data = save(model.state_dict(), tmp_path / "clip.pt").read_bytes()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for cache, folder in ((None, ".cache/clip"), ("", ".cache/clip"), ("~/one/two", "one/two")):
+        monkeypatch.delenv("CLIP_CACHE") if cache is None else monkeypatch.setenv("CLIP_CACHE", cache)
+        publish(data)
+        assert same(clip.load("ViT-B/16")[0], model)
+        (tmp_path / folder / "ViT-B-16.pt").unlink()                    # it was there
+
+
+class Terminal:
+    """Stands in for stderr where someone looks on."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("length, total", [(3 * 2**20, 3), (None, 0)])
+def test_a_terminal_shows_how_much_has_come(length, total, publish, tmp_path, monkeypatch):
+    model, screen = small_clip(), Terminal()
+    data = save(model.state_dict(), tmp_path / "clip.pt.gz").read_bytes().ljust(3 * 2**20, b"\0")     # 3 MiB
+    server = publish(data, (200, data, length))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", screen)
+        assert same(clip.load("ViT-B/16")[0], model)
+    assert screen.text == f"downloading {server.url}\n" + "".join(f"\r{i} of {total} MiB " for i in (1, 2, 3)) + "\n"
+    assert (tmp_path / "cache/ViT-B-16.pt").read_bytes() == data
+
+
+def test_a_download_does_not_wait_for_ever(publish, monkeypatch):
+    asked = []
+    monkeypatch.setattr(loader, "urlopen", lambda *_, timeout=None: asked.append(timeout) or open(os.devnull + "/x"))
+    publish(b"weights")
+    with pytest.raises(ConnectionError):
+        clip.load("ViT-B/16")
+    assert asked == [60]
+
+
 @pytest.mark.parametrize("answer, error, words", [
     ((404, b"", 0), ConnectionError, "cannot download http.*ViT-B-16.pt to .*404.* put it there"),
     ((200, b"weig", 7), ConnectionError, "only 4 of 7 bytes"),
@@ -295,13 +384,16 @@ def test_a_published_file_is_downloaded_once(publish, tmp_path, capfd):
 ])
 def test_a_failed_download_leaves_nothing(answer, error, words, publish, tmp_path):
     publish(b"weights", answer)
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=words) as failed:
         clip.load("ViT-B/16")
+    if isinstance(failed.value.__cause__, HTTPError):
+        failed.value.__cause__.close()                                  # why: it keeps the connection
     assert cached(tmp_path) == []
 
 
 def test_without_a_connection_the_error_says_where_to_put_the_file(publish, tmp_path):
     server = publish(b"weights")
+    server.shutdown()
     server.server_close()
     with pytest.raises(ConnectionError, match=f"cannot download {server.url} to .*cache/ViT-B-16.pt"):
         clip.load("ViT-B/16")
@@ -342,33 +434,45 @@ def test_only_a_published_archive_may_run_when_the_reader_fails(tmp_path, monkey
     assert same(clip.load(path)[0], model)
 
 
-def fetch_as_rank(rank, url, folder):
-    """What one of two processes of a torchrun gets: leaves the path or the error in the folder."""
-    os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    try:
-        said = str(loader.fetch(url))
-    except ConnectionError as error:
-        said = f"failed: {error}"
-    Path(folder, f"rank{rank}").write_text(said)
-    dist.destroy_process_group()
+def test_a_published_archive_is_run_without_a_warning(tmp_path, monkeypatch):
+    def fail(path):
+        raise ValueError("the reader failed")
+
+    path = clip_archive(small_clip(), tmp_path / "clip.pt")
+    monkeypatch.setattr(loader, "read_state_dict", fail)
+    monkeypatch.setitem(loader.PUBLISHED, "ViT-B/16", f"https://example.org/{loader.sha256(path)}/clip.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clip.load(path)
 
 
-@pytest.mark.parametrize("answers, expected", [((), "cache/ViT-B-16.pt"), (((404, b"", 0),), "failed: cannot download")],
-                         ids=["it comes", "it does not"])
-def test_of_two_processes_one_downloads_and_both_get_what_comes(answers, expected, publish, tmp_path):
-    server = publish(b"weights", *answers)
-    mp.spawn(fetch_as_rank, (server.url, str(tmp_path)), nprocs=2)
-    assert server.requests == 1
-    for rank in range(2):
-        assert expected in (tmp_path / f"rank{rank}").read_text()
+def test_a_second_process_of_a_machine_downloads_nothing(publish, monkeypatch):
+    server = publish(b"weights")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(FileNotFoundError):
+        clip.load("ViT-B/16")
+    assert server.requests == 0
 
 
-def test_the_published_table_is_well_formed():
+def test_what_failed_for_another_process_is_raised_here(publish, tmp_path, monkeypatch):
+    def gather(failures, own):
+        failures[:] = [ConnectionError("of the other"), own]
+
+    publish(b"weights")
+    monkeypatch.setattr(loader.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(loader.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(loader.dist, "all_gather_object", gather)
+    with pytest.raises(ConnectionError, match="of the other"):
+        clip.load("ViT-B/16")
+
+
+def test_the_published_files_are_openais():
     assert clip.available_models() == ["ViT-B/16", "ViT-B/32", "ViT-L/14", "tiny"]
-    for name, url in loader.PUBLISHED.items():
-        assert url.startswith("https://") and url.endswith(f"/{name.replace('/', '-')}.pt")
-        assert len(bytes.fromhex(loader.published_hash(url))) == 32
+    assert loader.PUBLISHED == {name: f"https://openaipublic.azureedge.net/clip/models/{digest}/{file}"
+                                for name, digest, file in [
+        ("ViT-B/16", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f", "ViT-B-16.pt"),
+        ("ViT-B/32", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af", "ViT-B-32.pt"),
+        ("ViT-L/14", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836", "ViT-L-14.pt")]}
 
 
 # ---- preprocessing
@@ -407,6 +511,34 @@ def test_the_middle_square_is_kept(size):
     white = torch.tensor([(1 - m) / s for m, s in zip(loader.MEAN, loader.STD)])
     assert pixels.shape == (3, 8, 8)
     torch.testing.assert_close(pixels[:, 2:6, 2:6], white[:, None, None].expand(3, 4, 4), atol=0.05, rtol=0)
+
+
+def bytes_of(pixels):
+    """Normalised pixels (3, R, R) -> 0 to 255."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (loader.MEAN, loader.STD))
+    return (pixels * std + mean) * 255
+
+
+def test_resizing_is_bicubic():
+    image = Image.new("L", (8, 8), 64)
+    image.paste(192, (4, 0, 8, 8))
+    grey = bytes_of(clip.preprocess(16)(image))
+    assert grey.min() < 62 and grey.max() > 194        # a cubic goes beyond the values at an edge; a line never does
+
+
+def test_a_palette_is_resized_before_it_becomes_rgb():
+    # Pillow takes the nearest colours of a palette; in RGB it would mix red and blue
+    image = Image.new("P", (9, 9))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putdata([i % 2 for i in range(81)])
+    colours = bytes_of(clip.preprocess(8)(image)).round().int().flatten(1).T.unique(dim=0)
+    assert colours.tolist() == [[0, 0, 255], [255, 0, 0]]
+
+
+def test_what_is_transparent_becomes_black():
+    # Pillow weighs colours with their opacity when it resizes, so that no green is left; in RGB it would be green
+    image = Image.new("RGBA", (9, 9), (0, 255, 0, 0))
+    assert bytes_of(clip.preprocess(8)(image)).abs().max() < .01
 
 
 def test_preprocessing_can_be_sent_to_workers():
