@@ -1,15 +1,17 @@
-"""A drawn world to try the method on: critters made of parts, on cluttered grounds, with words for all they show.
+"""A drawn world to try the method on: critters made of parts, on cluttered grounds, with words for everything shown.
 
 Read top to bottom: what nouns look like -> words -> a creature and its sentence -> drawing -> the stream of pictures
 that the tiny CLIP learns from -> the few-shot benchmark -> pictures out of distribution.
 
-Whatever has a word is named by a phrase, "a red star" or "white horns": it is drawn from it, described by it, and
-found by it in a mask.
-Each picture has its own random.Random: it depends on its seed, never on what was drawn before.
+Everything that has a word is named by a phrase, such as "a red star" or "white horns". The phrase says how it is drawn
+and stands in captions; a mask says where it is.
+Each picture has its own random.Random: it depends on its seed, not on what was drawn before.
 """
 
+import functools
 import math
 import random
+import re
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -20,8 +22,8 @@ SIZE = 64                                             # of a picture; drawn at t
 
 # ---- looks: polygons, drawn in this order ----
 
-# A figure has coordinates of its own: a body is about 2 wide around (0, 0), y points down; a part is drawn around the
-# point of the body where it begins, a prop around its own middle. Seen and unseen nouns stand together.
+# Each figure has its own coordinates. A body is about 2 wide, around (0, 0); y points down. A part is drawn around the
+# point of the body where it begins, a prop around its own middle. Seen and unseen nouns are listed together.
 
 def oval(x, y, rx, ry):
     return [(x + rx * math.cos(i * math.pi / 12), y + ry * math.sin(i * math.pi / 12)) for i in range(24)]
@@ -393,3 +395,27 @@ OOD_SETS, OOD_SIZE = tuple(OOD), 200
 def ood_picture(name, index):
     """Picture number `index` < OOD_SIZE of an OOD set, SIZE x SIZE RGB."""
     return OOD[name](random.Random(f"{name}/{index}"))[0]
+
+
+# ---- paths: a picture has no file, it is drawn when it is read ----
+
+PATH = re.compile(r"critters/(train|val|test)/(\d+)/(\d+)|critters/ood/(\w+)/(\d+)")
+
+
+def paths(name):
+    """Paths and labels of all pictures of a split, or of an OOD set, where the label is -1."""
+    if name in OOD_SETS:
+        return [(f"critters/ood/{name}/{index}", -1) for index in range(OOD_SIZE)]
+    return [(f"critters/{name}/{label}/{index}", label) for label in range(len(CLASSES)) for index in range(POOL[name])]
+
+
+def is_path(path):
+    """Whether `read` knows this path."""
+    return PATH.fullmatch(path) is not None
+
+
+@functools.lru_cache(maxsize=4096)   # why: an epoch reads them again, and 4096 of them take 50 MB
+def read(path):
+    """The picture that one of `paths` stands for."""
+    split, label, index, odd, odd_index = PATH.fullmatch(path).groups()
+    return ood_picture(odd, int(odd_index)) if odd else picture(split, int(label), int(index))

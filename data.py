@@ -1,18 +1,19 @@
-"""The images: where they lie, which of them are drawn, and how they reach the model. It knows no model.
+"""The images: where they are, which of them are drawn, and how they reach the model. No model is used here.
 
     python data.py --dataset eurosat --data-root DIR --download      fetch pictures and lists
     python data.py --dataset eurosat --data-root DIR --check         look at every picture that the lists name
 
-Read it from DATASETS (what exists) through `load` (lists of pictures) and the two draws to `Pictures`, `Batches`
-and the loaders (tensors). A picture is an item `(path, label, class name)` everywhere.
+Read it from DATASETS (what exists) through `load` (lists of pictures) and the two draws to `Pictures`, `Batches` and
+the loaders (tensors). A picture is an item `(path, label, class name)` everywhere.
 """
 
-import functools
+import argparse
 import itertools
 import json
 import os
 import random
 import re
+import sys
 import zlib
 from typing import NamedTuple
 
@@ -30,14 +31,14 @@ import download
 # ---- the data sets -------------------------------------------------------------------------------------------
 
 class Row(NamedTuple):
-    """What is known of a data set before one looks at it."""
-    template: str              # the hand-written prompt of zero-shot CLIP, CoOp's
+    """What is known of a data set before its files are read."""
+    template: str              # the hand-written prompt of zero-shot CLIP, as CoOp has it
     classes: int = None
     sizes: tuple = None        # train, val, test images
     zero_shot: float = None    # published accuracy of the template with ViT-B/16, percent (GalLoP's README)
-    pictures: str = ""         # what lies in the picture folder
-    layouts: tuple = ()        # (folder of the lists, picture folder in it): CoOp's, torchvision's; the first found
-    lists: tuple = ()          # the files without which the pictures mean nothing
+    pictures: str = ""         # what the picture folder contains
+    layouts: tuple = ()        # (folder of the lists, picture folder in it): CoOp's, torchvision's; the first one found
+    lists: tuple = ()          # files that say what the pictures show
     digest: str = None         # of CoOp's split file: sha256, or git's blob id (40 digits) where only that is known
 
 
@@ -82,7 +83,7 @@ DATASETS = {
 
 
 def default_root():
-    """Where data sets are looked for when nothing is said: $DATA_ROOT, else ./data."""
+    """The folder of the data sets where none is named: $DATA_ROOT, else ./data."""
     return os.environ.get("DATA_ROOT", "data")
 
 
@@ -108,7 +109,7 @@ def load(name, root, shots, seed, sampler="exact"):
         lists["train"] = draw(lists["train"], shots, rng)
         lists["val"] = few_shot(lists["val"], min(shots, 4), rng)
     for part, items in lists.items():
-        # why not all: the items of the other three come from looking at the disk, or are drawn
+        # why not all: the items of the other three come from the disk itself, or are drawn
         gone = [] if name in ("critters", "folder", "imagenet") else download.missing(path for path, *_ in items)
         if gone:
             raise FileNotFoundError(f"{name}: {len(gone)} of {len(items)} {part} images missing, first: {gone[0]}\n"
@@ -117,7 +118,7 @@ def load(name, root, shots, seed, sampler="exact"):
 
 
 def read_lists(name, root, seed=1):
-    """All that a data set names, there or not -> {"train": items, "val": items, "test": items}, class names."""
+    """All that a data set lists, whether it exists or not -> {"train": items, "val": items, "test": items}, names."""
     if name not in DATASETS:
         raise ValueError(f"no data set is called {name!r}; there are {', '.join(DATASETS)}")
     readers = {"critters": _critters, "folder": _folder, "imagenet": _imagenet, "fgvc_aircraft": _aircraft}
@@ -148,10 +149,8 @@ def _class_names(name, lists):
 
 
 def _critters(row, home, images, seed):
-    """Drawn pictures have no files: `read_image` draws critters/<split>/<label>/<index>."""
-    return [[(f"critters/{part}/{label}/{index}", label, class_name)
-             for label, class_name in enumerate(critters.class_names()) for index in range(count)]
-            for part, count in critters.POOL.items()]
+    names = critters.class_names()
+    return [[(path, label, names[label]) for path, label in critters.paths(part)] for part in critters.POOL]
 
 
 def _split(row, home, images, seed):
@@ -184,8 +183,8 @@ def _aircraft(row, home, images, seed):
 def _imagenet(row, home, images, seed):
     """Class folders; the label is the rank of the folder's WordNet id in classnames.txt.
 
-    differs: CoOp lists files in the disk's order, so that its draw varies from machine to machine; here file names
-    are sorted. CoOp also calls the 50,000 test pictures validation; here there is none.
+    differs: CoOp lists files in the order of the disk, so its draw varies from machine to machine; here file names are
+    sorted. CoOp also uses the 50,000 test pictures for validation; here there is no validation set.
     """
     names = _read_names(f"{home}/classnames.txt")
     return _class_items(f"{images}/train", names), [], _class_items(f"{images}/val", names)
@@ -219,7 +218,7 @@ def _class_items(folder, names):
 
 
 def _read_names(path):
-    """Lines `<folder or picture> <class name>` -> {folder or picture: class name}; it names itself where none is."""
+    """Lines `<folder or picture> <class name>` -> {folder or picture: class name}; without a name, the folder's own."""
     return {first: " ".join(name) or first for first, *name in (line.split(maxsplit=1) for line in _lines(path))}
 
 
@@ -229,7 +228,7 @@ def _lines(path):
 
 
 def split_matches_published(name, root):
-    """Whether the split file found is CoOp's, byte for byte; None where a data set has no split file."""
+    """Whether the split file is CoOp's, byte for byte; None where a data set has no split file."""
     return download.is_published(DATASETS[name], root)
 
 
@@ -238,7 +237,7 @@ def split_matches_published(name, root):
 def few_shot(items, shots, seed):
     """Exactly `shots` items per class: CoOp's draw, in CoOp's order of drawing.
 
-    seed: an int, or the random.Random to go on drawing from. Raises ValueError where a class has fewer.
+    seed: an int, or a random.Random to continue with. Raises ValueError where a class has fewer.
     """
     rng = seed if isinstance(seed, random.Random) else random.Random(seed)
     drawn = []
@@ -250,7 +249,7 @@ def few_shot(items, shots, seed):
 
 
 def proportional(items, shots, seed):
-    """shots x classes items in all, each class by its share of the data: the released code's draw.
+    """shots x classes items in total, each class in proportion to its share of the data: the released code's draw.
 
     differs: the literature's k-shot is `few_shot`. Here a rare class gets few images or none (Caltech101, 1 shot: 26
     of 100 classes). As in scikit-learn's StratifiedShuffleSplit, which the released code calls, shares are rounded
@@ -267,7 +266,7 @@ def proportional(items, shots, seed):
 
 
 def _by_label(items):
-    """Items of each label, labels in the order of their first appearance, which is CoOp's order."""
+    """The items of each label. Labels come in the order of their first appearance, as in CoOp."""
     groups = {}
     for item in items:
         groups.setdefault(item[1], []).append(item)
@@ -276,29 +275,20 @@ def _by_label(items):
 
 # ---- from pictures to tensors --------------------------------------------------------------------------------
 
-DRAWN = re.compile(r"critters/(train|val|test)/(\d+)/(\d+)|critters/ood/(\w+)/(\d+)")
-
-
 def read_image(path):
     """The picture at `path`, or the one that critters draws for it -> PIL image in its own mode.
 
     CLIP converts to RGB after the crop, so that palettes are resized as CLIP resizes them.
     Raises ValueError, naming the file, where it is not there or cannot be decoded to its end.
     """
-    if DRAWN.fullmatch(path):
-        return _drawn(path)
+    if critters.is_path(path):
+        return critters.read(path)
     try:
         with Image.open(path) as image:
             image.load()
             return image
     except Exception as error:   # why: Pillow raises OSError, SyntaxError, ValueError and its own, by format
         raise ValueError(f"cannot read picture {path}: {type(error).__name__}: {error}") from error
-
-
-@functools.lru_cache(maxsize=4096)   # why: an epoch reads them again, and 4096 of them are 50 MB
-def _drawn(path):
-    split, label, index, odd, odd_index = DRAWN.fullmatch(path).groups()
-    return critters.ood_picture(odd, int(odd_index)) if odd else critters.picture(split, int(label), int(index))
 
 
 def train_transform(preprocess):
@@ -312,8 +302,8 @@ def train_transform(preprocess):
 class Pictures(Dataset):
     """Items as tensors: `pictures[i]` -> (image (3, R, R), label).
 
-    With a seed, for training, the index is a pair `(epoch, i)` and the crop depends on (seed, epoch, i) alone:
-    neither batch size nor workers nor world size change it.
+    With a seed, for training, the index is a pair `(epoch, i)`, and the crop depends only on (seed, epoch, i), not on
+    the batch size, the workers or the number of processes.
     """
 
     def __init__(self, items, transform, seed=None):
@@ -329,23 +319,23 @@ class Pictures(Dataset):
         if self.seed is None:
             return self.transform(image), label
         with torch.random.fork_rng(devices=[]):
-            # why: torch.manual_seed would reseed CUDA too, which fork_rng(devices=[]) does not put back
+            # why not torch.manual_seed: it seeds CUDA too, which fork_rng(devices=[]) does not restore
             torch.default_generator.manual_seed(_mix(self.seed, epoch, i))
             return self.transform(image), label
 
     def collate(self, samples):
-        """Samples -> images (n, 3, R, R), labels (n,); n is 0 for a rank that a small last batch leaves idle."""
+        """Samples -> images (n, 3, R, R), labels (n,); n is 0 where a small last batch has no image for this rank."""
         if samples:
             return default_collate(samples)
-        image, _ = self[0]           # why: only the transform knows R
+        image, _ = self[0]           # why: only the transform knows the resolution R
         return image.new_empty(0, *image.shape), torch.empty(0, dtype=torch.int64)
 
 
 class Batches(Sampler):
-    """Batches of an epoch's permutation, of each this rank's share, as lists of `(epoch, i)`.
+    """This rank's share of each batch of an epoch, as lists of `(epoch, i)`.
 
-    The permutation depends on (seed, epoch) alone. The trainer sets `.epoch` before it iterates. Every rank gets as
-    many batches; in the last, smaller one its share may be empty.
+    The order of the images depends only on (seed, epoch). The trainer sets `.epoch` before it iterates. All ranks get
+    the same number of batches; in the last, smaller one the share of a rank may be empty.
     """
 
     def __init__(self, n, batch_size, seed, rank=0, world=1):
@@ -364,15 +354,15 @@ class Batches(Sampler):
 
 
 def _mix(*numbers):
-    """One seed out of several numbers, the same on every machine; 32 bits are all that torch's CPU generator takes."""
+    """One seed made of several numbers, the same on every machine. why 32 bits: torch's CPU generator uses no more."""
     return zlib.crc32(repr(numbers).encode())
 
 
 def train_loader(pictures, batches, workers=0, device="cpu"):
-    """Batches of tensors. Workers live on through the epochs: what changes reaches them through the indices."""
+    """Batches of tensors. Workers live as long as the loader; the indices tell them the epoch."""
     return DataLoader(pictures, batch_sampler=batches, collate_fn=pictures.collate, num_workers=workers,
                       pin_memory=torch.device(device).type == "cuda", persistent_workers=workers > 0,
-                      generator=torch.Generator())     # why: otherwise each epoch draws from the global generator
+                      generator=torch.Generator())     # why: otherwise each epoch uses the global generator
 
 
 def test_loader(pictures, batch_size, workers=0, device="cpu", rank=0, world=1):
@@ -382,5 +372,37 @@ def test_loader(pictures, batch_size, workers=0, device="cpu", rank=0, world=1):
     return train_loader(pictures, batches, workers, device)
 
 
+# ---- the script ----------------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    """The options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="--download leaves alone what is there. If --check then finds images missing, an earlier download was\n"
+               "interrupted: remove the picture folder and start again. sun397 is 37 GB. The pictures of imagenet,\n"
+               "stanford_cars and ucf101 must be downloaded by hand: --download says where.")
+    add = parser.add_argument
+    add("--dataset", choices=DATASETS, metavar="NAME", required=True, help=", ".join(DATASETS))
+    add("--data-root", default=default_root(), help="$DATA_ROOT or ./data unless given; one root holds all data sets, "
+        "in CoOp's layout or torchvision's (for `folder`: the folder of your pictures itself)")
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--download", action="store_true", help="get what is not there yet, then check")
+    mode.add_argument("--check", action="store_true", help="count, look for missing files, and decode every picture "
+                      "once; the exit code is 0 if all is as expected, else 1")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    """Downloads what is missing where that is asked for, checks all; exits with 1 where anything is not as expected."""
+    name, root = args.dataset, args.data_root
+    try:
+        if args.download:
+            download.download(name, DATASETS[name], root)
+        fine = download.check(name, DATASETS[name], root, *read_lists(name, root), read_image)
+    except (OSError, ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    sys.exit(not fine)
+
+
 if __name__ == "__main__":
-    download.main(DATASETS, read_lists, read_image)
+    main(parse_args())

@@ -1,13 +1,12 @@
-"""Where the files of a data set lie, whether they are all there, and how to get them. It reads no list itself.
+"""Where the files of a data set are, whether they are complete, and how to get them. Lists are read in data.py.
 
     python data.py --dataset NAME --data-root DIR --download
     python data.py --dataset NAME --data-root DIR --check
 
-`row` is a data set's line in data.DATASETS. Pictures come by torchvision where it can; CoOp's split files and the
-class names of ImageNet from addresses whose content is fixed by a commit, and checked.
+`row` is a data set's line in data.DATASETS. torchvision downloads the pictures where it can. CoOp's split files and the
+class names of ImageNet come from addresses whose content is fixed by a commit; their hashes are compared.
 """
 
-import argparse
 import collections
 import hashlib
 import http.client
@@ -46,14 +45,14 @@ def absolute(root):
 
 
 def locate(row, root):
-    """The layout found under `root` -> folder of the lists, picture folder. The first one where there is none."""
+    """The layout that exists under `root`, else the first one -> folder of the lists, picture folder."""
     layouts = [(absolute(os.path.join(root, home)), absolute(os.path.join(root, home, images)))
                for home, images in row.layouts]
     return next((layout for layout in layouts if os.path.isdir(layout[1])), layouts[0])
 
 
 def tree(name, row, root):
-    """What must lie where, for error messages."""
+    """The files that are expected and their places, for error messages."""
     root = absolute(root)
     layouts = ["".join(f"\n  {os.path.join(root, home, file)}" for file in
                        (*row.lists, os.path.join(images, row.pictures))) for home, images in row.layouts]
@@ -63,7 +62,7 @@ def tree(name, row, root):
 
 
 def missing(paths):
-    """Those of the paths that are not there. One look at each folder, none at each file."""
+    """The paths that do not exist. Each folder is listed once; no file is looked at by itself."""
     folders, gone = {}, []
     for path in paths:
         folder, file = os.path.split(path)
@@ -77,7 +76,7 @@ def missing(paths):
 def class_folders(folder):
     """The picture folder of ImageNet's kind: {class folder: paths of its pictures}, all sorted.
 
-    One look at each class folder and none at each file: ImageNet has 1.3 million.
+    Each class folder is listed once and no file is looked at by itself: ImageNet has 1.3 million.
     """
     with os.scandir(folder) as entries:
         classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
@@ -99,7 +98,7 @@ def _pictures(folder):
 
 
 def is_published(row, root):
-    """Whether the split file found is CoOp's, byte for byte; None where a data set has no split file."""
+    """Whether the split file is CoOp's, byte for byte; None where a data set has no split file."""
     if row.digest is None:
         return None
     with open(f"{locate(row, root)[0]}/{row.lists[0]}", "rb") as file:
@@ -116,10 +115,9 @@ def digest(content, like):
 # ---- getting -------------------------------------------------------------------------------------------------
 
 def fetch(addresses, path, expected):
-    """Writes to `path` what the first address gives whose content has the digest `expected`.
+    """Writes to `path` the content of the first address that has the digest `expected`.
 
-    The file appears under its name when it is complete and right, or not at all. Raises OSError with what went
-    wrong at each address.
+    The file gets its name only when it is complete and right. Raises OSError that says what went wrong at each address.
     """
     faults = []
     for address in addresses:
@@ -138,7 +136,7 @@ def fetch(addresses, path, expected):
 
 
 def download(name, row, root):
-    """Gets what is not there yet: pictures first, since their layout decides where the lists go."""
+    """Downloads what is missing: the pictures first, because their layout decides where the lists go."""
     if not row.lists:
         raise ValueError(f"{name} needs no download")
     root = absolute(root)
@@ -166,7 +164,7 @@ def download(name, row, root):
 # ---- checking ------------------------------------------------------------------------------------------------
 
 def check(name, row, root, lists, class_names, read_image):
-    """Looks at every picture that the lists name, and prints what it finds -> whether all is as expected."""
+    """Reads every picture that the lists name and prints what it finds -> whether all is as expected."""
     fine = row.classes in (None, len(class_names))
     print(f"{name} in {absolute(root)}: {len(class_names)} classes" + _unless(fine, row.classes))
     if is_published(row, root) is False:
@@ -195,7 +193,7 @@ def _unless(right, expected):
 
 
 def _unreadable(paths, read_image):
-    """What is wrong with each picture that cannot be decoded to its end."""
+    """An error message for each picture that cannot be decoded completely."""
     def fault(path):
         try:
             read_image(path)
@@ -209,28 +207,3 @@ def _unreadable(paths, read_image):
             if sys.stderr.isatty() and (count % 100 == 0 or count == len(paths)):
                 print(f"\r{count} of {len(paths)} pictures read", end="\n" * (count == len(paths)), file=sys.stderr)
     return faults
-
-
-def main(rows, read_lists, read_image):
-    parser = argparse.ArgumentParser(
-        description="Downloads a data set and checks it.",
-        epilog="--download leaves alone what is there. If --check then finds images missing, an earlier download was "
-               "interrupted: remove the picture folder and start again. sun397 is 37 GB. The pictures of imagenet, "
-               "stanford_cars and ucf101 must be got by hand: --download says where.")
-    add = parser.add_argument
-    add("--dataset", choices=rows, metavar="NAME", required=True, help=", ".join(rows))
-    add("--data-root", default=os.environ.get("DATA_ROOT", "data"), help="$DATA_ROOT or ./data unless given; one root "
-        "holds all data sets, in CoOp's layout or torchvision's (for `folder`: the folder of your pictures itself)")
-    mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--download", action="store_true", help="get what is not there yet, then check")
-    mode.add_argument("--check", action="store_true", help="count, look for missing files, and decode every picture "
-                      "once; the exit code is 0 if all is as expected, else 1")
-    args = parser.parse_args()
-    row = rows[args.dataset]
-    try:
-        if args.download:
-            download(args.dataset, row, args.data_root)
-        lists, class_names = read_lists(args.dataset, args.data_root)
-        sys.exit(not check(args.dataset, row, args.data_root, lists, class_names, read_image))
-    except (OSError, ValueError, RuntimeError) as error:
-        sys.exit(f"error: {error}")

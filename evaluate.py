@@ -1,165 +1,146 @@
-"""Scores a trained run on its test split, averages runs over seeds, or names the content of one's own pictures.
+"""Scores a trained run on its test split, averages runs over seeds, or names what is on one's own pictures.
 
-    python evaluate.py runs/eurosat-16shot-seed1                      the accuracies of one run, and per_class.csv
+    python evaluate.py runs/eurosat-16shot-seed1                      the accuracies of one run
     python evaluate.py runs/eurosat-16shot-seed*                      several: mean and standard deviation
     python evaluate.py runs/eurosat-16shot-seed1 --images a.jpg b.png the five likeliest classes of each picture
     python evaluate.py --zero-shot --dataset eurosat                  the hand-written template, no run needed
     python evaluate.py --table runs/                                  the paper's Tables 1 and 4, ours beside them
 
-Read it from `accuracy` (the numbers) through `load_run` (where a model comes from) to `main`.
+RUN/evaluation.json and RUN/evaluation.csv keep the numbers; what training wrote stays as it is. Read it from
+`count_right` (one pass over the images) through `test` (a split) to `main`.
 """
 
 import argparse
-import contextlib
 import csv
-import itertools
-import json
-import os
 import statistics
-import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import clip  # before torch: it bounds how long torch's threads wait
 
 import torch
+import torch.distributed as dist
 
 import data
-from sotglp import SOTGLP, fuse, global_logits, unit
+import runs
+from sotglp import global_logits, project, unit
 
-SCORES = ("fused", "global", "local", "zero_shot")
 EVAL_BATCH = 100
-PRACTICAL = {"data_root", "output_dir", "device", "workers", "amp", "text_chunk", "checkpoint_text"}  # not of method
 
 
 # ---- accuracy ------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def accuracy(model, loader, lambda_local, zero_shot_text):
-    """Counts what each score gets right, in one pass over the images.
+class Counts(NamedTuple):
+    """How many test images each score gets right, and how many there are, for each true class."""
+    right: dict           # {score: (C,) int64}; the first score decides, the last one is "zero_shot"
+    seen: torch.Tensor    # (C,) int64
 
-    loader gives (images (B, 3, R, R), labels (B,)); zero_shot_text (C, D) are unit vectors
-    -> correct (4, C) in the order of SCORES, seen (C,), int64, per true class.
+
+@torch.no_grad()
+def count_right(model, loader, zero_shot_text):
+    """Counts what each score of a model gets right, and the zero-shot template beside them, in one pass.
+
+    loader gives (images (B, 3, R, R), labels (B,)); zero_shot_text (C, D): unit vectors of the template -> Counts.
     """
     C, device = len(zero_shot_text), zero_shot_text.device
-    correct = torch.zeros(len(SCORES), C, dtype=torch.int64, device=device)
-    seen = torch.zeros(C, dtype=torch.int64, device=device)
+    right, seen = {}, torch.zeros(C, dtype=torch.int64, device=device)
     model.eval()
-    texts = model.encode_prompts()                       # why: once, the prompts do not change between images
+    texts = model.encode_prompts()                       # why here: the prompts do not change between images
     for images, labels in loader:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        image, patches = model.encode_images(images)
-        g, l = model.score(image, patches, *texts)
+        cls, patches = model.clip.encode_patches(images, model.stream)             # (B, W), (B, P, W)
+        scores = model.scores(model((cls, patches), texts=texts))
+        scores["zero_shot"] = global_logits(project(cls, model.clip.visual.proj), zero_shot_text[:, None], 1.0)
+        for name, score in scores.items():
+            hits = torch.bincount(labels[score.argmax(dim=1) == labels], minlength=C)
+            right[name] = right.get(name, 0) + hits
         seen += torch.bincount(labels, minlength=C)
-        zero_shot = global_logits(image, zero_shot_text[:, None], 1.0)
-        for row, score in zip(correct, (fuse(g, l, lambda_local), g, l, zero_shot)):
-            row += torch.bincount(labels[score.argmax(dim=1) == labels], minlength=C)
-    return correct, seen
+    return Counts(right, seen)
 
 
-def percentages(correct, seen):
-    """The counts of `accuracy` as the fields of result.json: percent of all images right, per score."""
-    fused, *others = (100 * correct.sum(dim=1) / seen.sum()).tolist()
-    return {"accuracy": fused, **{f"{name}_accuracy": value for name, value in zip(SCORES[1:], others)}}
+def test(model, items, dataset, amp="off", workers=0, rank=0, world=1):
+    """Scores a test split once, each image on one of the processes -> Counts over all of them.
+
+    amp: the precision of the towers; `runs.usable_amp` says which one a device has.
+    """
+    device, preprocess = model.clip.logit_scale.device, clip.preprocess(model.clip.visual.resolution)
+    loader = data.test_loader(data.Pictures(items, preprocess), EVAL_BATCH, workers, device, rank, world)
+    with runs.autocast(amp, device):
+        text = zero_shot_text(model.clip, model.class_names, data.template(dataset))
+        counts = count_right(model, runs.progress(loader, "test", rank), text)
+    if world > 1:
+        for numbers in (*counts.right.values(), counts.seen):
+            dist.all_reduce(numbers)
+    assert counts.seen.sum() == len(items), f"tested {counts.seen.sum()} of {len(items)} images"
+    return counts
+
+
+def percentages(counts):
+    """Counts as the fields of result.json: percent of all images right, by each score."""
+    fields = ("accuracy", *(f"{name}_accuracy" for name in [*counts.right][1:]))
+    return {field: 100 * right.sum().item() / counts.seen.sum().item()
+            for field, right in zip(fields, counts.right.values())}
 
 
 @torch.no_grad()
 def zero_shot_text(clip_model, class_names, template):
-    """Unit text features (C, D) of the data set's hand-written template, underscores as spaces."""
+    """Unit text features (C, D) of the data set's hand-written template; underscores become spaces."""
     device = clip_model.logit_scale.device
     prompts = [template.format(name.replace("_", " ")) for name in class_names]
     return torch.cat([unit(clip_model.encode_text(clip.tokenize(chunk).to(device)))
                       for chunk in (prompts[i : i + 256] for i in range(0, len(prompts), 256))])
 
 
-def write_per_class(path, class_names, correct, seen):
-    """per_class.csv: accuracy of every score for each class, in percent."""
-    with open(path, "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["label", "class", "images", *SCORES])
-        for label, name in enumerate(class_names):
-            n = int(seen[label])
-            table.writerow([label, name, n, *(f"{100 * c / n:.2f}" if n else "" for c in correct[:, label].tolist())])
+def write_per_class(path, class_names, counts):
+    """A CSV file with the accuracy of every score for each class, in percent; empty where a class has no image."""
+    def write(temporary):
+        with open(temporary, "w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["label", "class", "images", *counts.right])
+            for label, (name, n) in enumerate(zip(class_names, counts.seen.tolist())):
+                cells = [f"{100 * right[label].item() / n:.2f}" if n else "" for right in counts.right.values()]
+                table.writerow([label, name, n, *cells])
+    runs.write_whole(path, write)
+
+
+def accuracies_line(result):
+    """The accuracies of a run as one line of text."""
+    others = ", ".join(f"{name.removesuffix('_accuracy').replace('_', '-')} {value:.2f}"
+                       for name, value in result.items() if name.endswith("_accuracy"))
+    return f"accuracy {result['accuracy']:.2f} %  ({others})  on {result['test_images']} test images"
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------
-
-def make_model(clip_model, class_names, config):
-    """The SOTGLP that a configuration (the options of train.py, as a dict) describes."""
-    return SOTGLP(clip_model, class_names, n_global=config["n_global"], n_local=config["n_local"],
-                  n_support=config["n_support"], epsilon=config["epsilon"], n_iters=config["n_iters"],
-                  prompt_dropout=config["prompt_dropout"], local_projection=not config["no_local_projection"],
-                  vv_attention=not config["no_vv"], class_specific=not config["shared_local"],
-                  plan_gradient=not config["no_plan_gradient"], text_chunk=config["text_chunk"],
-                  checkpoint_text=config["checkpoint_text"])
-
-
-def read_run(run):
-    """The contents of a run's last.pt. Raises FileNotFoundError for a folder that holds none."""
-    path = Path(run) / "last.pt"
-    if not path.is_file():
-        raise FileNotFoundError(f"{run} holds no last.pt: name a folder that train.py wrote, such as "
-                                "runs/critters-16shot-seed1")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
 
 def load_run(run, device="cpu"):
     """A run's folder -> its model with the learned prompts, in evaluation mode.
 
     Raises FileNotFoundError where there is no run, ValueError where its CLIP is not the one it was trained with.
     """
-    checkpoint = read_run(run)
-    clip_model, _ = clip.load(checkpoint["config"]["model"], device)
-    model = make_model(clip_model, checkpoint["class_names"], checkpoint["config"])
-    restore(run, checkpoint, model, clip.weights_hash(clip_model))
-    return model.eval()
-
-
-def restore(run, checkpoint, model, clip_sha256):
-    """Puts the learned tensors of a checkpoint into a model. Raises ValueError where they do not belong together."""
-    if checkpoint["clip_sha256"] != clip_sha256:
-        raise ValueError(f"{run} was trained with other CLIP weights: those of {checkpoint['config']['model']} have "
-                         f"SHA-256 {clip_sha256[:12]}... now, {checkpoint['clip_sha256'][:12]}... then")
-    learned = model.learned_state()
-    if {name: p.shape for name, p in learned.items()} != {name: p.shape for name, p in checkpoint["learned"].items()}:
-        raise ValueError(f"{run}/last.pt does not hold the tensors that its configuration asks for: "
-                         f"found {sorted(checkpoint['learned'])}, expected {sorted(learned)}")
-    for name, tensor in learned.items():
-        tensor.copy_(checkpoint["learned"][name])
-
-
-def changes(before, now):
-    """In which options, those of mere practice aside, two configurations differ: a list of texts."""
-    return [f"{name} was {before.get(name)}, is {now[name]}" for name in now
-            if name not in PRACTICAL and before.get(name) != now[name]]
-
-
-def check_classes(run, trained, found):
-    """Raises ValueError, with the first class that differs, where a run knows other classes than the data has."""
-    if trained != found:
-        pairs = itertools.zip_longest(trained, found)
-        label, (then, now) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
-        raise ValueError(f"{run} was trained for other classes: label {label} of {len(trained)} was {then!r}, "
-                         f"in the data it is {now!r}, of {len(found)}")
+    return runs.open_run(run, device)[1]
 
 
 def evaluate_run(run, device, data_root=None, workers=0):
-    """Scores a run on its own test split; writes evaluation.json and per_class.csv into it -> the fields written."""
-    checkpoint, start = read_run(run), time.time()
+    """Scores a run on its own test split in its own precision -> the fields that evaluation.json gets."""
+    start = time.time()
+    checkpoint = runs.read_checkpoint(run)
     config = checkpoint["config"]
-    model = load_run(run, device)
-    _, _, test, class_names = data.load(config["dataset"], data_root or config["data_root"], config["shots"],
-                                        config["split_seed"], config["sampler"])
-    check_classes(run, checkpoint["class_names"], class_names)
-    preprocess = clip.preprocess(model.clip.visual.resolution)
-    loader = data.test_loader(data.Pictures(test, preprocess), EVAL_BATCH, workers, device)
-    text = zero_shot_text(model.clip, class_names, data.template(config["dataset"]))
-    correct, seen = accuracy(model, progress(loader, "test"), config["lambda_local"], text)
-    result = {**percentages(correct, seen), "test_images": int(seen.sum()), "epoch": checkpoint["epoch"],
-              "dataset": config["dataset"], "model": config["model"], "shots": config["shots"], "seed": config["seed"],
-              "seconds": round(time.time() - start, 1)}
-    write_json(Path(run) / "evaluation.json", result)
-    write_per_class(Path(run) / "per_class.csv", class_names, correct, seen)
+    _, _, items, class_names = data.load(config["dataset"], data_root or config["data_root"], config["shots"],
+                                         config["split_seed"], config["sampler"])
+    runs.check_classes(run, checkpoint["class_names"], class_names)
+    model = runs.build(run, checkpoint, device)
+    amp = runs.usable_amp(config["amp"], device)
+    if amp != config["amp"]:
+        print(f"note: {run} was tested in {config['amp']}, which needs a GPU; here it is tested in float32", flush=True)
+    if amp in runs.HALF:
+        model.clip.store_matrices(runs.HALF[amp])
+    counts = test(model, items, config["dataset"], amp, workers)
+    result = {**percentages(counts), "test_images": int(counts.seen.sum()), "epoch": checkpoint["epoch"],
+              **{name: config[name] for name in ("dataset", "model", "shots", "seed")},
+              "precision": runs.precision(amp), "seconds": round(time.time() - start, 1)}
+    runs.write_json(Path(run) / "evaluation.json", result)
+    write_per_class(Path(run) / "evaluation.csv", class_names, counts)
     return result
 
 
@@ -203,18 +184,18 @@ def our_numbers(folder):
     repeats a seed, is left out by name: an ablation must not be averaged in.
     """
     numbers, first, seeds, notes = {}, {}, set(), []
-    for path in sorted(Path(folder).rglob("result.json")):
-        result = json.loads(path.read_text())
+    for run in runs.finished_runs(folder):
+        result = runs.read_result(run)
         key = (result["dataset"], result["shots"], "ours")
         config = first.setdefault(key, result["config"])
         seed = {name: result[name] for name in ("seed", "split_seed")}
-        differs = changes({**config, **seed}, result["config"])
+        differs = runs.changes({**config, **seed}, result["config"])
         if differs or (key, *seed.values()) in seeds:
-            notes.append(f"left out: {path.parent} ({', '.join(differs) or 'seed %d again' % result['seed']})")
+            notes.append(f"left out: {run} ({', '.join(differs) or 'seed %d again' % result['seed']})")
             continue
         seeds.add((key, *seed.values()))
         numbers.setdefault(key, []).append(result["accuracy"])
-        notes.append(f"{path.parent}: {result['accuracy']:.2f} %, model {result['model']}, seed {result['seed']}"
+        notes.append(f"{run}: {result['accuracy']:.2f} %, model {result['model']}, seed {result['seed']}"
                      + ", NOT CoOp's published split" * (result["split_matches_published"] is False))
     return numbers, notes
 
@@ -262,62 +243,6 @@ def mean_and_spread(values, digits=2):
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-# ---- what every script of this project prints and writes with ------------------------------------------------
-
-def progress(steps, label, rank=0):
-    """Passes the steps on; where stderr is a terminal, a line of rank 0 there says how far they are."""
-    start, shown = time.time(), 0.0
-    for i, step in enumerate(steps, 1):
-        yield step
-        if rank == 0 and sys.stderr.isatty() and time.time() - shown > 0.5:
-            shown = time.time()
-            left = (shown - start) / i * (len(steps) - i)
-            print(f"\r{label} {i}/{len(steps)}, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
-    if shown:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-def write_whole(path, write):
-    """Calls write(temporary path), then renames: a reader never sees half a file."""
-    temporary = Path(f"{path}.tmp{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path, fields):
-    """A dict as indented JSON, whole or not at all."""
-    write_whole(path, lambda temporary: temporary.write_text(json.dumps(fields, indent=2) + "\n"))
-
-
-@contextlib.contextmanager
-def plain_errors(rank=0):
-    """What is wrong with the user's input ends the program with one line on stderr, from rank 0 alone."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}" if rank == 0 else 1)
-
-
-def accuracies_line(result):
-    """The four accuracies as one line of text."""
-    return (f"accuracy {result['accuracy']:.2f} %  (global {result['global_accuracy']:.2f}, "
-            f"local {result['local_accuracy']:.2f}, zero-shot {result['zero_shot_accuracy']:.2f})  "
-            f"on {result['test_images']} test images")
-
-
-def default_model(dataset):
-    """The CLIP that goes with a data set where none is named."""
-    return "tiny" if dataset == "critters" else "ViT-B/16"
-
-
-def default_device():
-    """The first GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 # ---- the script ----------------------------------------------------------------------------------------------
 
 def report_runs(args):
@@ -325,37 +250,36 @@ def report_runs(args):
     results = []
     for run in args.runs:
         results.append(evaluate_run(run, args.device, args.data_root, args.workers))
-        print(f"{run}: {accuracies_line(results[-1])}", flush=True)
+        print(f"{run}: {accuracies_line(results[-1])}, {results[-1]['precision']}", flush=True)
     if len(results) > 1:
-        for field in ("accuracy", "global_accuracy", "local_accuracy", "zero_shot_accuracy"):
+        for field in (name for name in results[0] if name.endswith("accuracy")):
             print(f"{field:18s} {mean_and_spread([result[field] for result in results])}  over {len(results)} runs")
 
 
 @torch.no_grad()
 def predict_images(args):
-    """The five likeliest classes of each picture, with the probabilities of the fused score (Sec. 3.5)."""
+    """The five likeliest classes of each picture, with the probabilities of the score that decides (Sec. 3.5)."""
     run, = args.runs
-    checkpoint, model = read_run(run), load_run(run, args.device)
-    preprocess = clip.preprocess(model.clip.visual.resolution)
-    texts = model.encode_prompts()
+    model = load_run(run, args.device)
+    preprocess, texts = clip.preprocess(model.clip.visual.resolution), model.encode_prompts()
     for path in args.images:
         images = preprocess(data.read_image(path))[None].to(args.device)
-        logits = fuse(*model.score(*model.encode_images(images), *texts), checkpoint["config"]["lambda_local"])
+        logits = next(iter(model.scores(model(images, texts=texts)).values()))
         top = logits.softmax(dim=1)[0].topk(min(5, logits.shape[1]))
-        print(path + ":  " + "   ".join(f"{p:.1%} {checkpoint['class_names'][c]}"
+        print(path + ":  " + "   ".join(f"{p:.1%} {model.class_names[c]}"
                                         for p, c in zip(top.values.tolist(), top.indices.tolist())))
 
 
 def zero_shot(args):
     """The hand-written template on a data set's test split, beside the published value where there is one."""
-    name = args.model or default_model(args.dataset)
+    name = args.model or runs.default_model(args.dataset)
     *_, test, class_names = data.load(args.dataset, args.data_root, shots=0, seed=1)
     model, preprocess = clip.load(name, args.device)
     text = zero_shot_text(model, class_names, data.template(args.dataset))
     right = 0
     loader = data.test_loader(data.Pictures(test, preprocess), EVAL_BATCH, args.workers, args.device)
     with torch.no_grad():
-        for images, labels in progress(loader, "test"):
+        for images, labels in runs.progress(loader, "test"):
             right += int(((unit(model.encode_image(images.to(args.device))) @ text.T).argmax(1).cpu() == labels).sum())
     published = data.DATASETS[args.dataset].zero_shot
     beside = f"; published for ViT-B/16: {published} %" if published else ""
@@ -372,7 +296,7 @@ def parse_args(argv=None):
     parser.add_argument("--dataset", choices=sorted(data.DATASETS), default="critters", help="for --zero-shot")
     parser.add_argument("--model", help="for --zero-shot: a CLIP name or file (tiny for critters, else ViT-B/16)")
     parser.add_argument("--data-root", help="folder of the data sets (the run's own, else $DATA_ROOT, else ./data)")
-    parser.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
+    parser.add_argument("--device", default=runs.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="processes that read pictures (%(default)s)")
     args = parser.parse_args(argv)
     if not (args.runs or args.zero_shot or args.table):
@@ -384,7 +308,7 @@ def parse_args(argv=None):
 
 def main(args):
     """Zero-shot accuracy, the paper's tables, one's own pictures, or the accuracies of runs."""
-    with plain_errors():
+    with runs.plain_errors():
         if args.zero_shot:
             args.data_root = args.data_root or data.default_root()
             zero_shot(args)

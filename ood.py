@@ -5,8 +5,8 @@
     python ood.py RUN --ood-root textures=DIR --csv scores.csv      against one's own pictures, with a score for each
     python ood.py --zero-shot --dataset imagenet --data-root DIR    CLIP alone, no run needed
 
-A score is a confidence everywhere: higher means more in-distribution. Read it from the scores (Sec. 3.5) and the two
-metrics through the sets of pictures to `confidences`, where a batch becomes the rows of the table.
+Every score is a confidence: higher means more in-distribution. Read it from the scores (Sec. 3.5) and the two metrics
+through the sets of pictures to `confidences`, which makes the rows of the table from a batch.
 """
 
 import argparse
@@ -24,19 +24,20 @@ import torch
 import critters
 import data
 import evaluate
+import runs
 from download import SUFFIXES, absolute
 from sotglp import project
 
-TEMPLATE = "a photo of a {}"     # of MCM and GL-MCM, for every data set; without the full stop of CoOp's templates
+TEMPLATE = "a photo of a {}"     # as in MCM and GL-MCM, for every data set; CoOp's templates end in a full stop
 
-# What lies where under --data-root: pictures in the set, folders in one of HOMES. MOS's selection, with all of DTD.
+# Each OOD set of ImageNet: its number of pictures, and its folder in one of HOMES, which are folders of --data-root.
 BENCHMARK = {"iNaturalist": (10_000, ("iNaturalist",)), "SUN": (10_000, ("SUN",)), "Places": (10_000, ("Places",)),
              "Textures": (5_640, ("dtd/images", "dtd/dtd/images", "Texture/images"))}
 HOMES = ("ood_data", "", "ImageNet_OOD_dataset")
 SOURCES = ("get iNaturalist, SUN and Places from http://pages.cs.wisc.edu/~huangrui/imagenet_ood_dataset/<set>.tar.gz; "
            "Textures is all of DTD: python data.py --dataset dtd --data-root DIR --download")
 
-# The rows, controls first. GL-MCM was published on the value path of the last block, so the V-V row has no counterpart.
+# The rows, controls first. GL-MCM was published on the value path of the last block; nothing is published for V-V.
 ROWS = {"zero_shot_mcm": "zero-shot MCM", "zero_shot_gl_mcm": "zero-shot GL-MCM, value path",
         "zero_shot_gl_mcm_vv": "zero-shot GL-MCM, V-V, none published",
         "mcm": "this run's MCM", "l_mcm": "this run's L-MCM", "gl_mcm": "this run's GL-MCM"}
@@ -80,23 +81,24 @@ def gl_mcm(cosines, patch_cosines, temperature=1.0, local_weight=1.0):
 # ---- metrics: Sec. 4 -----------------------------------------------------------------------------------------
 
 def fpr95(id_scores, ood_scores):
-    """The share of OOD pictures accepted where 95 % of the ID ones are.  Sec. 4
+    """The share of OOD pictures that are accepted when 95 % of the ID pictures are.  Sec. 4
 
     Scores (n,), (m,), tensors or arrays -> a float in [0, 1], lower is better. Raises ValueError where there are none,
     or one is not finite. The threshold is the score whose ID recall is nearest to 0.95, the lowest of equally near.
-    differs: textbooks take the first recall >= 0.95, the code behind published OOD results this; small sets show it.
+    differs: textbooks take the first recall >= 0.95. We do what the code behind the published OOD results does. The two
+    differ on small sets.
     """
     id_scores, ood_scores = checked(id_scores, ood_scores)
     thresholds = torch.cat([id_scores, ood_scores]).unique()                       # ascending
     thresholds = thresholds[thresholds >= id_scores.min()]                         # the first has full recall
     accepted = len(id_scores) - torch.searchsorted(id_scores.sort().values, thresholds)
-    # why double: recalls of 0.9 and 1 are equally near but for the rounding, which must be the usual one
+    # why double: 0.9 and 1 are equally near to 0.95 except for rounding, and the published code rounds in double
     distance = (accepted.double() / len(id_scores) - 0.95).abs()
     return (ood_scores >= thresholds[distance.argmin()]).double().mean().item()    # argmin: the first of equals
 
 
 def auroc(id_scores, ood_scores):
-    """How often a random ID picture scores above a random OOD one; a tie is half a win.  Sec. 4
+    """How often a random ID picture scores higher than a random OOD picture; a tie counts half.  Sec. 4
 
     Scores (n,), (m,), tensors or arrays -> a float in [0, 1], 1/2 is chance. Raises ValueError where there are none,
     or one is not finite.
@@ -126,18 +128,26 @@ def ood_sets(dataset, root, own=None):
     own: {name: folder}, one's own sets in their place. Raises FileNotFoundError that names every set without pictures.
     """
     if not own and dataset == "critters":
-        return {name: [(f"critters/ood/{name}/{index}", -1, "") for index in range(critters.OOD_SIZE)]
-                for name in critters.OOD_SETS}
+        return {name: [(path, label, "") for path, label in critters.paths(name)] for name in critters.OOD_SETS}
     if not own and dataset != "imagenet":
         raise ValueError(f"no OOD sets are known to go with {dataset}: name folders of pictures by --ood-root NAME=DIR")
     folders = {name: [absolute(folder)] for name, folder in own.items()} if own else {
         name: [absolute(os.path.join(root, home, folder)) for home in HOMES for folder in candidates]
         for name, (_, candidates) in BENCHMARK.items()}
-    found = {name: next(filter(None, map(pictures, folders[name])), []) for name in folders}
+    found = {name: first_with_pictures(candidates) for name, candidates in folders.items()}
     empty = [f"\n{name}: no pictures in {', '.join(folders[name])}" for name in found if not found[name]]
     if empty:
         raise FileNotFoundError("OOD sets are missing" + "".join(empty) + f"\n{SOURCES}" * (not own))
     return found
+
+
+def first_with_pictures(folders):
+    """The pictures of the first of these folders that has any; none where no folder has."""
+    for folder in folders:
+        found = pictures(folder)
+        if found:
+            return found
+    return []
 
 
 def pictures(folder):
@@ -161,23 +171,18 @@ def count_warnings(sets):
 def confidences(clip_model, images, text, model=None, prompts=None, temperature=1.0, local_weight=1.0):
     """A batch of pictures -> {row of the table: confidence (B,)} and the class that MCM took each for, (B,).
 
-    text (C, D): unit vectors of TEMPLATE, for the controls; prompts: the global and the local ones of `model`,
-    a run's SOTGLP, each averaged to (C, D). why averaged first: the mean of cosines with unit prompts is the inner
-    product with the prompts' mean.
+    text (C, D): unit vectors of TEMPLATE, for the controls. model: a run's method; prompts: of its `encode_prompts()`.
     """
     proj = clip_model.visual.proj
     cls, vv = clip_model.encode_patches(images, "vv")
     _, value = clip_model.encode_patches(images, "value")
-    image = project(cls, proj)                                                     # (B, D)
-    cosines, options = image @ text.T, (temperature, local_weight)                 # (B, C)
+    cosines, options = project(cls, proj) @ text.T, (temperature, local_weight)    # (B, C)
     rows = {"zero_shot_mcm": mcm(cosines, temperature),
             "zero_shot_gl_mcm": gl_mcm(cosines, project(value, proj) @ text.T, *options),
             "zero_shot_gl_mcm_vv": gl_mcm(cosines, project(vv, proj) @ text.T, *options)}
     if model:
-        own = vv if model.stream == "vv" else clip_model.encode_patches(images, model.stream)[1]
-        global_text, local_text = prompts
-        cosines = image @ global_text.T                                            # (B, C)
-        patch_cosines = project(own, proj, model.local_projection) @ local_text.T  # (B, P, C)
+        own = (cls, vv) if model.stream == "vv" else clip_model.encode_patches(images, model.stream)
+        cosines, patch_cosines = model.cosines(own, prompts)                       # (B, C), (B, P, C)
         rows |= {"mcm": mcm(cosines, temperature), "l_mcm": l_mcm(patch_cosines, temperature),
                  "gl_mcm": gl_mcm(cosines, patch_cosines, *options)}
     return rows, cosines.argmax(dim=1)
@@ -187,14 +192,14 @@ def confidences(clip_model, images, text, model=None, prompts=None, temperature=
 def score_sets(sets, class_names, clip_model, model, args):
     """Each picture of each set once -> {set: {row: scores (n,)}}, {set: predicted classes (n,)}, on the CPU."""
     text = evaluate.zero_shot_text(clip_model, class_names, TEMPLATE)
-    prompts = [text.mean(dim=1) for text in model.encode_prompts()] if model else None
+    prompts = model.encode_prompts() if model else None
     preprocess = clip.preprocess(clip_model.visual.resolution)
     scores, predicted = {}, {}
     for name, items in sets.items():
         loader = data.test_loader(data.Pictures(items, preprocess), evaluate.EVAL_BATCH, args.workers, args.device)
         batches, classes = zip(*(confidences(clip_model, images.to(args.device), text, model, prompts,
                                              args.temperature, args.local_weight)
-                                 for images, _ in evaluate.progress(loader, name)))
+                                 for images, _ in runs.progress(loader, name)))
         scores[name] = {row: torch.cat([batch[row] for batch in batches]).cpu() for row in batches[0]}
         predicted[name] = torch.cat(classes).cpu()
     return scores, predicted
@@ -278,7 +283,7 @@ def parse_args(argv=None):
     add("--local-weight", type=float, default=1.0, help="of L-MCM in GL-MCM; 1 for SOT-GLP, GalLoP and LoCoOp, 0.5 in "
         "GL-MCM's own ImageNet script (%(default)s)")
     add("--csv", metavar="FILE", help="path, set, GL-MCM score and predicted class of every picture: sort by score")
-    add("--device", default=evaluate.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
+    add("--device", default=runs.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
     add("--workers", type=int, default=0, help="processes that read pictures; several pay on a GPU (%(default)s)")
     args = parser.parse_args(argv)
     if bool(args.run) == args.zero_shot:
@@ -300,7 +305,7 @@ def find_pictures(args, config, trained):
     outside = ood_sets(config["dataset"], root, args.ood_root)
     *_, test, class_names = data.load(config["dataset"], root, config["shots"], config["split_seed"], config["sampler"])
     if trained:
-        evaluate.check_classes(args.run, trained, class_names)
+        runs.check_classes(args.run, trained, class_names)
     print(f"{args.run or 'zero-shot'}: model {config['model']}, ID {config['dataset']}, {len(test)} test images, OOD "
           + ", ".join(f"{name} {len(items)}" for name, items in outside.items())
           + f"; temperature {args.temperature:g}, local weight {args.local_weight:g}", flush=True)
@@ -313,28 +318,28 @@ def find_pictures(args, config, trained):
 def main(args):
     """Finds the pictures, scores each once, prints the table and writes it."""
     start = time.time()
-    with evaluate.plain_errors():
-        checkpoint = evaluate.read_run(args.run) if args.run else {"class_names": None, "config": {
-            "dataset": args.dataset, "model": args.model or evaluate.default_model(args.dataset),
+    with runs.plain_errors():
+        checkpoint = runs.read_checkpoint(args.run) if args.run else {"class_names": None, "config": {
+            "dataset": args.dataset, "model": args.model or runs.default_model(args.dataset),
             "data_root": data.default_root(), "shots": 0, "split_seed": 1, "sampler": "exact"}}
         config = checkpoint["config"]
         sets, class_names = find_pictures(args, config, checkpoint["class_names"])
         if args.csv:
             Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
-        model = evaluate.load_run(args.run, args.device) if args.run else None
+        model = runs.build(args.run, checkpoint, args.device) if args.run else None
         clip_model = model.clip if model else clip.load(config["model"], args.device)[0]
         scores, predicted = score_sets(sets, class_names, clip_model, model, args)
         table, paper = measure(scores), paper_rows(config, sets)
 
         show(table, paper)
         if args.run:
-            evaluate.write_json(Path(args.run) / "ood.json", {
+            runs.write_json(Path(args.run) / "ood.json", {
                 "dataset": config["dataset"], "model": config["model"], "temperature": args.temperature,
                 "local_weight": args.local_weight, "images": {name: len(items) for name, items in sets.items()},
                 "table": table, "paper_table_3": paper, "seconds": round(time.time() - start, 1)})
         if args.csv:
             row = "gl_mcm" if model else "zero_shot_gl_mcm"
-            evaluate.write_whole(args.csv, lambda path: write_csv(path, sets, scores, predicted, row, class_names))
+            runs.write_whole(args.csv, lambda path: write_csv(path, sets, scores, predicted, row, class_names))
 
 
 if __name__ == "__main__":

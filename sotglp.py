@@ -1,8 +1,8 @@
 """SOT-GLP, "Local-Global Prompt Learning via Sparse Optimal Transport" (arXiv 2603.08347 v1), Sec. 3 in one file.
 
-Read beside the paper: the scores of Sec. 3.3-3.5 come first, as plain functions; SOTGLP, which makes their
-inputs (Sec. 3.1-3.2), comes last, and its `forward` is Figure 1. The transport is in sinkhorn.py, the V-V
-stream in clip/model.py, every departure from the paper in PAPER.md.
+Read it beside the paper. The scores of Sec. 3.3-3.5 come first, as plain functions. Then come the features that they
+compare (Sec. 3.1-3.2), and last the model: its `forward` is Figure 1. The transport is in sinkhorn.py and the V-V
+stream in clip/model.py. PAPER.md lists every difference from the paper.
 
 Letters:  B images   C classes   P patches   K kept patches   G global prompts (paper: N_g)
           L local prompts per class (paper: N_l)   M tokens per prompt   D joint embedding width   W tower width
@@ -65,14 +65,20 @@ def saliency(similarity):
 def sparse_support(similarity, n_support):
     """The K most salient patches of each image for each class, one set for all prompts of a class.  Eq. 8
 
-    similarity (B, C, P, L) -> kept similarities (B, C, K, L), their patch indices (B, C, K), in no order of meaning.
+    similarity (B, C, P, L) -> kept similarities (B, C, K, L), their patch indices (B, C, K), in no particular order.
     Raises ValueError for more kept patches than there are.
     """
-    L, P = similarity.shape[-1], similarity.shape[-2]
-    if not 1 <= n_support <= P:
-        raise ValueError(f"cannot keep {n_support} of {P} patches: --n-support must lie between 1 and {P}")
-    patches = saliency(similarity).topk(n_support, dim=-1, sorted=False).indices   # (B, C, K)
-    return similarity.gather(2, patches[..., None].expand(-1, -1, -1, L)), patches
+    P, L = similarity.shape[-2:]
+    check_support(n_support, P)
+    patch_ids = saliency(similarity).topk(n_support, dim=-1, sorted=False).indices # (B, C, K)
+    return similarity.gather(2, patch_ids[..., None].expand(-1, -1, -1, L)), patch_ids
+
+
+def check_support(n_support, n_patches):
+    """Raises ValueError, with both numbers, where so many patches cannot be kept."""
+    if not 1 <= n_support <= n_patches:
+        raise ValueError(f"cannot keep {n_support} of {n_patches} patches: --n-support must lie between 1 and "
+                         f"{n_patches}")
 
 
 @in_float32
@@ -108,122 +114,7 @@ def fuse(global_logits, local_logits, lambda_local=0.25):
     return global_logits + lambda_local * local_logits
 
 
-# ---- Sec. 3.1-3.2: where the features come from --------------------------------------------------------------
-
-class SOTGLP(nn.Module):
-    """A frozen CLIP, the prompts that are learned for it, and the learned map on its patch features.
-
-    clip_model: a `clip.CLIP`; class_names: C strings, in the order of their labels. text_chunk: classes that go
-    through the text tower at once; checkpoint_text: compute them again in the backward pass instead of keeping
-    activations; ranks: (rank, world) of the processes that share this work.
-    Raises ValueError for a class name that, with its prompt, is longer than the text tower's context, and for
-    more kept patches than the image tower has.
-    """
-
-    def __init__(self, clip_model, class_names, n_global=4, n_local=4, n_support=10, epsilon=0.1, n_iters=20,
-                 prompt_dropout=0.75, local_projection=True, vv_attention=True, class_specific=True,
-                 plan_gradient=True, text_chunk=200, checkpoint_text=False, ranks=(0, 1)):
-        super().__init__()
-        self.clip, self.class_names = clip_model, list(class_names)
-        self.n_support, self.epsilon, self.n_iters, self.plan_gradient = n_support, epsilon, n_iters, plan_gradient
-        self.prompt_dropout = prompt_dropout
-        self.stream = "vv" if vv_attention else "qk"
-        n_patches = len(clip_model.visual.positional_embedding) - 1
-        sparse_support(torch.zeros(1, 1, n_patches, 1), n_support)   # why: a K too large fails now, not in step one
-
-        words = clip.tokenize(TEMPLATE)[0]
-        template = clip_model.token_embedding.weight[words[1 : words.argmax()]]    # (M, W)
-        self.global_prompts = nn.Parameter(template.repeat(n_global, 1, 1))        # (G, M, W)
-        # differs: the paper is silent on the local prompts' start; this is the released scale, U(-bound, bound).
-        M, W = template.shape
-        classes = len(class_names) if class_specific else 1
-        bound = (6 / ((classes + n_local) * M * W)) ** 0.5
-        local = torch.empty(classes, n_local, M, W).uniform_(-bound, bound)        # (C, L, M, W)
-        self.local_prompts = nn.Parameter(local if class_specific else local[0])   # or (L, M, W), for all classes
-        # Eq. 3: starts as the identity, so that training starts from CLIP's own patch features
-        width = clip_model.visual.proj.shape[0]
-        self.local_projection = nn.Parameter(torch.eye(width), requires_grad=local_projection)   # (W, W)
-
-        tokens, eot = tokenize_names(class_names, M, clip_model.context_length)
-        self.register_buffer("tokens", tokens, persistent=False)                   # (C, S): [SOS] name [EOT]
-        self.register_buffer("eot", eot, persistent=False)                         # (C,)
-        lengths, by_length = (eot + 1).sort(stable=True)
-        self.register_buffer("by_length", by_length, persistent=False)             # (C,): short names first
-        self.lengths = lengths                                                     # why no buffer: the host reads it
-        self.text_chunk, self.checkpoint_text, self.ranks = text_chunk, checkpoint_text, ranks
-        self.to(clip_model.logit_scale.device)
-
-    @property
-    def scale(self):
-        """1/tau: CLIP's own temperature, read from its weights and frozen."""
-        return self.clip.logit_scale.float().exp()
-
-    def learned_state(self):
-        """What training changes, by name: the prompts and the local projection. All that a checkpoint needs."""
-        return {name: p.detach() for name, p in self.named_parameters() if not name.startswith("clip.")}
-
-    def encode_prompts(self):
-        """Prompts and class names of all classes through the frozen text tower.  Eq. 1
-
-        -> unit vectors: global (C, G, D), local (C, L, D). With `ranks` = (rank, world) each process encodes its
-        share of the classes and gets the others' from them, so all of them must call this together.
-        """
-        rank, world = self.ranks
-        # why: of names sorted by length every world-th, for shares of equal work; in chunks, so that memory is bounded
-        chunks = zip(*(order[rank::world].split(self.text_chunk) for order in (self.by_length, self.lengths)))
-        encode = partial(checkpoint, self.encode_classes, use_reentrant=False) if self.checkpoint_text \
-            else self.encode_classes
-        features = torch.cat([encode(classes, max(lengths.tolist(), default=2)) for classes, lengths in chunks])
-        if world > 1:
-            features = gather_shares(features, len(self.class_names), rank, world) # (C, G+L, D), by length again
-        return features[self.by_length.argsort()].split([len(self.global_prompts), self.local_prompts.shape[-3]], dim=1)
-
-    def encode_classes(self, classes, longest):
-        """All prompts of some classes -> unit text features.  Eq. 1
-
-        classes (c,): their numbers; longest: tokens of their longest name, [SOS] and [EOT] included -> (c, G+L, D).
-        """
-        # why: the mask is causal, nothing after [EOT] can reach it, so what follows the longest name is left out
-        names = self.clip.token_embedding(self.tokens[classes, :longest])          # (c, S, W)
-        local = self.local_prompts.expand(len(self.class_names), -1, -1, -1)[classes]              # (c, L, M, W)
-        prompts = torch.cat([self.global_prompts.expand(len(classes), -1, -1, -1), local], dim=1)  # (c, G+L, M, W)
-        names = names[:, None].expand(-1, prompts.shape[1], -1, -1)                # (c, G+L, S, W)
-        # Eq. 1: [SOS]; prompt; class name; [EOT]
-        texts = torch.cat([names[:, :, :1], prompts, names[:, :, 1:]], dim=2)      # (c, G+L, M+S, W)
-        eot = (self.eot[classes] + prompts.shape[2]).repeat_interleave(prompts.shape[1])
-        features = unit(self.clip.encode_embeddings(texts.flatten(0, 1), eot))     # (c (G+L), D)
-        return features.unflatten(0, prompts.shape[:2])
-
-    def encode_images(self, images):
-        """The two streams of the image tower, projected to the joint space.  Eq. 3
-
-        images (B, 3, R, R), or the pair that `clip.encode_patches` made of them -> unit vectors: image (B, D),
-        patches (B, P, D).
-        """
-        with torch.no_grad():   # the tower is frozen: what is learned begins behind it
-            cls, patches = self.clip.encode_patches(images, self.stream) if torch.is_tensor(images) else images
-        proj = self.clip.visual.proj
-        return project(cls, proj), project(patches, proj, self.local_projection)
-
-    def score(self, image, patches, global_text, local_text, kept=None):
-        """Both branches on features at hand: unit (B, D), (B, P, D), (C, G, D), (C, L, D) -> logits (B, C), (B, C)."""
-        local, plan = local_logits(patches, local_text, self.scale, self.n_support, self.epsilon, self.n_iters,
-                                   self.plan_gradient)
-        self.plan = plan.detach()                                                  # (B, C, K, L), kept for the log
-        return global_logits(image, global_text, self.scale, kept), local
-
-    def forward(self, images, kept=None):
-        """Figure 1: images (B, 3, R, R) -> global logits (B, C), local logits (B, C).
-
-        kept (B, k): the global prompts each image keeps; where None, they are drawn in training mode and all of
-        them serve otherwise.
-        """
-        image, patches = self.encode_images(images)                                # (B, D), (B, P, D)
-        global_text, local_text = self.encode_prompts()                            # (C, G, D), (C, L, D)
-        if kept is None and self.training:
-            kept = draw_prompts(len(image), len(self.global_prompts), self.prompt_dropout).to(image.device)
-        return self.score(image, patches, global_text, local_text, kept)
-
+# ---- Sec. 3.1-3.2: the features that the scores compare ------------------------------------------------------
 
 @in_float32
 def unit(features):
@@ -235,20 +126,98 @@ def unit(features):
 def project(tokens, proj, local_projection=None):
     """Tokens of the image tower as unit vectors of the joint space: (..., W) -> (..., D).  Eq. 3"""
     if local_projection is not None:
-        # Eq. 3: Z_local = Z W_local-proj, then CLIP's projection. why: first the two matrices, tokens are many
+        # Eq. 3: Z_local = Z W_local-proj, then CLIP's projection. why: the two matrices first, there are many tokens
         proj = local_projection @ proj                                             # (W, D)
     return unit(tokens @ proj)
 
 
+@in_float32
+def mean_cosines(features, text):
+    """Cosines with each class, averaged over its N prompts: unit (..., D), (C, N, D) -> (..., C).  Sec. 3.5"""
+    return features @ text.mean(dim=1).T    # why: the mean of the cosines is the product with the mean of the prompts
+
+
+class ClassTexts:
+    """Learned prompts in front of class names, encoded by the frozen text tower. Every method shares this class.  Eq. 1
+
+    clip_model: a `clip.CLIP`; class_names: C strings, in the order of their labels. text_chunk: classes that go through
+    the text tower at once; checkpoint_text: compute the activations again in the backward pass instead of keeping them;
+    ranks: (rank, world) of the processes that share the work.
+    """
+
+    def __init__(self, clip_model, class_names, text_chunk=200, checkpoint_text=False, ranks=(0, 1)):
+        self.clip, self.class_names, self.ranks = clip_model, class_names, ranks
+        self.text_chunk, self.checkpoint_text = text_chunk, checkpoint_text
+        self.tokenized = {}
+
+    def __call__(self, prompts, suffix=""):
+        """[SOS], prompt, class name, suffix, [EOT] for each prompt and class -> unit (C, N, D).  Eq. 1
+
+        prompts: (N, M, W) for all classes, or (C, N, M, W). With several ranks each process encodes its share of the
+        classes and receives the other shares, so all processes must call this together.
+        """
+        tokens, eot, chunks, order = self.names(prompts.shape[-2], suffix)
+        encode = partial(checkpoint, self.encode_chunk, use_reentrant=False) if self.checkpoint_text \
+            else self.encode_chunk
+        # why .expand here: prompts for all classes and prompts of each class take the same way from here on
+        prompts = prompts.expand(len(self.class_names), -1, -1, -1)                # (C, N, M, W)
+        features = torch.cat([encode(prompts[classes], tokens[classes, :longest], eot[classes])
+                              for classes, longest in chunks])                     # (c, N, D), this rank's share
+        if self.ranks[1] > 1:
+            features = gather_shares(features, len(self.class_names), *self.ranks) # (C, N, D), still sorted by length
+        return features[order.argsort()]
+
+    def names(self, n_context, suffix=""):
+        """Class names, tokenised once -> tokens (C, S), places of [EOT] (C,), this process's chunks, order (C,).
+
+        A chunk: (class numbers, tokens of the longest name). order: all class numbers, those of short names first.
+        Raises ValueError for a name that does not fit into the context with a prompt of n_context tokens.
+        """
+        if (n_context, suffix) not in self.tokenized:
+            device, (rank, world) = self.clip.logit_scale.device, self.ranks
+            tokens, eot = tokenize_names(self.class_names, n_context, self.clip.context_length, suffix)
+            order = eot.argsort(stable=True)
+            # why: every world-th of the sorted names, so that the processes have equal work; chunks, to bound memory
+            chunks = [(classes.to(device), max(eot[classes].tolist(), default=1) + 1)
+                      for classes in order[rank::world].split(self.text_chunk)]
+            self.tokenized[n_context, suffix] = tokens.to(device), eot.to(device), chunks, order.to(device)
+        return self.tokenized[n_context, suffix]
+
+    def encode_chunk(self, prompts, tokens, eot):
+        """Prompts (c, N, M, W) and [SOS] name [EOT] (c, S) of some classes -> unit text features (c, N, D).  Eq. 1"""
+        N, M = prompts.shape[1:3]
+        names = self.clip.token_embedding(tokens)[:, None].expand(-1, N, -1, -1)   # (c, N, S, W)
+        # Eq. 1: [SOS]; prompt; class name; [EOT].
+        # why nothing after the longest name of a chunk: the mask is causal, so it could not reach any [EOT]
+        texts = torch.cat([names[:, :, :1], prompts, names[:, :, 1:]], dim=2)      # (c, N, M+S, W)
+        features = self.clip.encode_embeddings(texts.flatten(0, 1), (eot + M).repeat_interleave(N))
+        return unit(features).unflatten(0, (-1, N))
+
+
+def tokenize_names(class_names, n_context, context_length, suffix=""):
+    """[SOS] name suffix [EOT] of every class, cut after the longest: tokens (C, S), places of [EOT] (C,).
+
+    Underscores become spaces. Raises ValueError for a name that leaves no room for n_context prompt tokens.
+    """
+    names = [name.replace("_", " ") + suffix for name in class_names]              # differs: released code keeps "_"
+    tokens = torch.stack([clip.tokenize(name, context_length, truncate=True)[0] for name in names])
+    eot = tokens.argmax(dim=-1)                                                    # [EOT] has the largest id
+    for name, end in zip(names, eot.tolist()):
+        if end + n_context >= context_length:
+            raise ValueError(f"class name {name!r} is too long: [SOS], {n_context} prompt tokens, the name and [EOT] "
+                             f"must fit into {context_length} tokens")
+    return tokens[:, : int(eot.max()) + 1], eot
+
+
 def gather_shares(share, n_classes, rank, world):
     """Joins what the processes encoded: share (c, N, D) holds classes rank, rank + world, ... -> (n_classes, N, D)."""
-    padding = -(-n_classes // world) - len(share)       # why: all_gather wants equal shapes; this also keeps the graph
-    share = F.pad(share, (0, 0, 0, 0, 0, padding))      # of a process that has no class at all
+    padding = -(-n_classes // world) - len(share)       # why: all_gather needs equal shapes; the padding also keeps the
+    share = F.pad(share, (0, 0, 0, 0, 0, padding))      # graph of a process that has no class at all
     return GatherShares.apply(share, rank, world).flatten(0, 1)[:n_classes]
 
 
 class GatherShares(torch.autograd.Function):
-    """(c, ...) of each process -> (c, world, ...). Every process' loss needs all shares, so gradients add up."""
+    """(c, ...) of each process -> (c, world, ...). The loss of every process needs all shares, so gradients add up."""
 
     @staticmethod
     def forward(ctx, share, rank, world):
@@ -264,16 +233,129 @@ class GatherShares(torch.autograd.Function):
         return gradient[:, ctx.rank], None, None
 
 
-def tokenize_names(class_names, n_context, context_length):
-    """[SOS] name [EOT] of every class, cut after the longest: tokens (C, S), places of [EOT] (C,).
+# ---- the model -----------------------------------------------------------------------------------------------
 
-    Underscores become spaces. Raises ValueError for a name that leaves no room for n_context prompt tokens.
+class SOTGLP(nn.Module):
+    """A frozen CLIP, the prompts that are learned for it, and the learned map on its patch features.
+
+    clip_model: a `clip.CLIP`; class_names: C strings, in the order of their labels. The options are the paper's; those
+    on text and ranks are explained in ClassTexts. Raises ValueError for a class name that is too long for the text
+    tower, and for more kept patches than the image tower has.
+
+    Every method that train.py, evaluate.py and ood.py work with has what this class has; there is no base class:
+      DEFAULTS                                  its recipe: the defaults of train.py's options
+      clip, stream                              its CLIP, and which of CLIP's patch streams it reads
+      draw(n_images, generator)                 random choices of a step, made for the global batch, one row per image;
+                                                None where there are none
+      forward(images, drawn=None, texts=None)   images -> outputs, a tuple of tensors, batch first. In place of images:
+                                                what `clip.encode_patches` made of them; texts: of `encode_prompts()`
+      loss(outputs, labels, n_batch)            this process's part of the loss of a global batch of n_batch images, and
+                                                its terms by name. The parts of all processes add up.
+      scores(outputs)                           {name: (B, C)}; the first one decides
+      cosines(images, texts)                    (B, C), (B, P, C) or None: raw cosines for OOD detection
+      learned_state()                           the learned tensors by name
     """
-    names = [name.replace("_", " ") for name in class_names]                       # differs: released code keeps "_"
-    tokens = torch.stack([clip.tokenize(name, context_length, truncate=True)[0] for name in names])
-    eot = tokens.argmax(dim=-1)                                                    # [EOT] has the largest id
-    for name, end in zip(names, eot.tolist()):
-        if end + n_context >= context_length:
-            raise ValueError(f"class name {name!r} is too long: [SOS], {n_context} prompt tokens, the name and [EOT] "
-                             f"must fit into {context_length} tokens")
-    return tokens[:, : int(eot.max()) + 1], eot
+
+    DEFAULTS = {"lr": 0.05, "epochs": 50, "warmup_epochs": 5, "batch_size": 32, "weight_decay": 0.01}    # Sec. 4
+
+    def __init__(self, clip_model, class_names, *, n_global=4, n_local=4, n_support=10, epsilon=0.1, n_iters=20,
+                 lambda_local=0.25, prompt_dropout=0.75, local_projection=True, vv_attention=True, class_specific=True,
+                 plan_gradient=True, text_chunk=200, checkpoint_text=False, ranks=(0, 1)):
+        super().__init__()
+        self.clip, self.class_names = clip_model, list(class_names)
+        self.n_support, self.epsilon, self.n_iters, self.plan_gradient = n_support, epsilon, n_iters, plan_gradient
+        self.lambda_local, self.prompt_dropout = lambda_local, prompt_dropout
+        self.stream = "vv" if vv_attention else "qk"
+        self.encode = ClassTexts(clip_model, self.class_names, text_chunk, checkpoint_text, ranks)
+
+        words = clip.tokenize(TEMPLATE)[0]
+        template = clip_model.token_embedding.weight[words[1 : words.argmax()]]    # (M, W)
+        M, W = template.shape
+        # why here: what cannot work fails now and not in the first step
+        check_support(n_support, len(clip_model.visual.positional_embedding) - 1)
+        self.encode.names(M)
+
+        self.global_prompts = nn.Parameter(template.repeat(n_global, 1, 1))        # (G, M, W)
+        # differs: the paper does not say how local prompts start; this is the released scale, U(-bound, bound).
+        classes = len(self.class_names) if class_specific else 1
+        bound = (6 / ((classes + n_local) * M * W)) ** 0.5
+        local = torch.empty(classes, n_local, M, W).uniform_(-bound, bound)        # (C, L, M, W)
+        self.local_prompts = nn.Parameter(local if class_specific else local[0])   # or (L, M, W), for all classes
+        # Eq. 3: starts as the identity, so that training starts from CLIP's own patch features
+        width = clip_model.visual.proj.shape[0]
+        self.local_projection = nn.Parameter(torch.eye(width), requires_grad=local_projection)   # (W, W)
+        self.row_error = torch.zeros([])                   # the largest relative row error since it was last set to 0
+        self.to(clip_model.logit_scale.device)
+
+    @property
+    def scale(self):
+        """1/tau: CLIP's own temperature, read from its weights and frozen."""
+        return self.clip.logit_scale.float().exp()
+
+    def forward(self, images, drawn=None, texts=None):
+        """Figure 1: images (B, 3, R, R) -> global logits (B, C), local logits (B, C).
+
+        images: also the pair that `clip.encode_patches` made of them. drawn (B, k): the global prompts that each image
+        keeps; where None, they are drawn in training mode, and all of them are used otherwise. texts: what
+        `encode_prompts()` gave, so that evaluation encodes the texts once.
+        """
+        image, patches = self.features(images)                                     # (B, D), (B, P, D)
+        global_text, local_text = self.encode_prompts() if texts is None else texts   # (C, G, D), (C, L, D)
+        if drawn is None and self.training:
+            drawn = self.draw(len(image)).to(image.device)
+        local, plan = local_logits(patches, local_text, self.scale, self.n_support, self.epsilon, self.n_iters,
+                                   self.plan_gradient)
+        self.note_row_error(plan)
+        return global_logits(image, global_text, self.scale, drawn), local
+
+    def features(self, images):
+        """Images, or what `clip.encode_patches` made of them -> unit (B, D), (B, P, D)."""
+        return self.to_joint(*images) if isinstance(images, tuple) else self.encode_images(images)
+
+    def encode_images(self, images):
+        """The two streams of the image tower in the joint space: images -> unit (B, D), (B, P, D).  Eq. 2-3"""
+        with torch.no_grad():   # the tower is frozen: what is learned comes behind it
+            cls, patches = self.clip.encode_patches(images, self.stream)           # (B, W), (B, P, W)
+        return self.to_joint(cls, patches)
+
+    def to_joint(self, cls, patches):
+        """CLS and patch tokens as unit vectors of the joint space: (B, W), (B, P, W) -> (B, D), (B, P, D).  Eq. 3"""
+        proj = self.clip.visual.proj
+        return project(cls, proj), project(patches, proj, self.local_projection)
+
+    def encode_prompts(self):
+        """Global and local prompts with the names of all classes -> unit vectors (C, G, D), (C, L, D).  Eq. 1"""
+        # why together: one pass of the text tower instead of two
+        prompts = [p.expand(len(self.class_names), -1, -1, -1) for p in (self.global_prompts, self.local_prompts)]
+        return self.encode(torch.cat(prompts, dim=1)).split([p.shape[1] for p in prompts], dim=1)
+
+    def draw(self, n_images, generator=None):
+        """Which global prompts each image keeps in a training step: (n_images, k).  Sec. 3.3"""
+        return draw_prompts(n_images, len(self.global_prompts), self.prompt_dropout, generator)
+
+    def loss(self, outputs, labels, n_batch):
+        """Cross-entropies of both branches, summed over these images and divided by n_batch.  Sec. 3.5
+
+        -> their weighted sum, {"global": ..., "local": ...}. With all images of a batch it is `objective`; with none of
+        them, 0 with a gradient of 0.
+        """
+        global_loss, local_loss = (F.cross_entropy(logits, labels, reduction="sum") / n_batch for logits in outputs)
+        return global_loss + self.lambda_local * local_loss, {"global": global_loss, "local": local_loss}
+
+    def scores(self, outputs):
+        """The fused score, which decides, and those of each branch: {name: (B, C)}.  Sec. 3.5"""
+        return {"fused": fuse(*outputs, self.lambda_local), "global": outputs[0], "local": outputs[1]}
+
+    def cosines(self, images, texts):
+        """Raw cosines of images and of their patches with each class: (B, C), (B, P, C).  Sec. 3.5, GL-MCM"""
+        return tuple(mean_cosines(*pair) for pair in zip(self.features(images), texts))
+
+    @torch.no_grad()
+    def note_row_error(self, plan):
+        """Keeps the largest error of a row, relative to its 1/K, for the log. Columns are exact.  Eq. 9"""
+        errors = (plan.sum(dim=-1) * plan.shape[-2] - 1).abs()                     # (B, C, K)
+        self.row_error = torch.cat([errors.flatten(), self.row_error.to(errors).view(1)]).amax()
+
+    def learned_state(self):
+        """What training changes, by name: the prompts and the local projection. All that a checkpoint needs."""
+        return {name: p.detach() for name, p in self.named_parameters() if not name.startswith("clip.")}

@@ -85,7 +85,7 @@ def weights_hash(model):
 def find(name):
     """The file that a name stands for, there and verified."""
     if name in PUBLISHED:
-        return fetch(PUBLISHED[name])
+        return download(PUBLISHED[name])
     path = TINY if name == "tiny" else Path(name).expanduser()
     if path.is_file():
         return path
@@ -98,16 +98,16 @@ def find(name):
                             "or the path of a CLIP file (.pt, .pt.gz)")
 
 
-def fetch(url):
+def download(url):
     """The file of this address in the cache, downloaded if it is not there. Raises ValueError for a wrong hash.
 
-    Of the processes of a torchrun that have joined, the first of each machine downloads (why: each machine may have
-    a cache of its own), the others wait; so all of them must come here, and all of them fail where one does.
+    Of the processes that torchrun started, the first of each machine downloads (why: each machine may have a cache of
+    its own) and the others wait. So all of them must call this together, and all of them fail where one does.
     """
     path, failure = Path(os.environ.get("CLIP_CACHE") or "~/.cache/clip").expanduser() / url.split("/")[-1], None
     try:
         if not path.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            download(url, path)
+            fetch(url, path)
     except (ConnectionError, ValueError) as error:
         failure = error
     raise_first(failure)
@@ -128,7 +128,7 @@ def raise_first(failure):
         raise failure
 
 
-def download(url, path):
+def fetch(url, path):
     """Brings url to path; the file gets that name only when it is whole and has the published hash."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:

@@ -64,13 +64,16 @@ class Block(nn.Module):
         return self.add_mlp(x)
 
     def forward_dual(self, x, z):
-        """One block of both streams: x goes on as CLIP has it, z collects V-V attention.  Eq. 2
+        """One block of both streams: x is CLIP's own stream, z collects V-V attention.  Eq. 2
 
-        x, z: (B, 1+P, W). V is that of x, computed once for both. No perceptron on z.
+        x, z: (B, 1+P, W). V is that of x, computed once for both streams. z has no perceptron.
+        What it is for: CLIP was trained through CLS only, so its last patch tokens mix the whole image and say little
+        about their own place. In V-V attention a token attends to tokens of similar content, and the sum starts from
+        Z_0, so each token keeps to what is at its place. It can be compared with texts, and no new weight is needed.
         """
         q, k, v = self.attn.project(self.ln_1(x))
         # Eq. 2: Z_l = Z_{l-1} + Proj(softmax(V V^T / sqrt(d)) V), d being the width of one head.
-        # differs: the released code adds the Q-K attention of the first block to z as well, by an in-place sum.
+        # differs: the released code also adds the first block's Q-K attention to z, by an in-place sum.
         z = z + self.attn.merge(F.scaled_dot_product_attention(v, v, v))
         x = x + self.attn.merge(F.scaled_dot_product_attention(q, k, v))
         return self.add_mlp(x), z

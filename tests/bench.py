@@ -58,7 +58,7 @@ def vit_b16():
 
 def plain_texts(model):
     """All prompts, 77 tokens each, the global ones and then the local ones -> (C, G, D), (C, L, D)."""
-    C, device = len(model.class_names), model.tokens.device
+    C, device = len(model.class_names), model.global_prompts.device
     tokens = torch.stack([clip.tokenize(name.replace("_", " "))[0] for name in model.class_names]).to(device)
     names, features = model.clip.token_embedding(tokens)[:, None], []
     for prompts in (model.global_prompts.expand(C, -1, -1, -1), model.local_prompts):

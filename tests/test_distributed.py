@@ -81,6 +81,7 @@ def test_two_processes_train_as_one_does(trained, pair):
         for field in ("loss", "global_loss", "local_loss"):
             assert a[field] == pytest.approx(b[field], rel=1e-4)
         assert a["train_accuracy"] == pytest.approx(b["train_accuracy"])
+        assert a["row_error"] == pytest.approx(b["row_error"], rel=0.01) and a["row_error"] > 1e-5
     for name, tensor in last_one["learned"].items():
         torch.testing.assert_close(last_two["learned"][name], tensor, atol=1e-4, rtol=1e-3)
     for i, state in last_one["optimizer"]["state"].items():               # SGD's momentum: the gradients, summed up

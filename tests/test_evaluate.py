@@ -1,5 +1,6 @@
 """evaluate.py: counts, percentages and tables worked by hand; runs read again; one's own pictures; zero-shot."""
 
+import argparse
 import csv
 import json
 import statistics
@@ -12,6 +13,7 @@ from torch import nn
 import clip
 import data
 import evaluate
+import runs
 import sotglp
 from conftest import read, train
 
@@ -38,44 +40,55 @@ CORRECT, SEEN = [[2, 2, 0, 0], [3, 1, 1, 0], [1, 2, 0, 0], [0, 1, 1, 0]], [4, 2,
 
 
 class Known(nn.Module):
-    """A model whose image number i, a picture of the value i, has the logits of row i."""
+    """A model whose image number i, a picture of the value i, has the logits of row i of LOGITS."""
+
+    stream = "vv"
+
+    @property
+    def clip(self):
+        return self
+
+    @property
+    def visual(self):
+        return argparse.Namespace(proj=torch.eye(4))
+
+    def encode_patches(self, images, stream):
+        assert stream == "vv"
+        numbers = images[:, 0, 0, 0].long().tolist()
+        return torch.eye(4)[[ZERO_SHOT[i] for i in numbers]], torch.tensor(numbers)
 
     def encode_prompts(self):
-        return ()
+        return "texts"
 
-    def encode_images(self, images):
-        return images[:, 0, 0, 0].long(), None
-
-    def score(self, numbers, _):
-        rows = [LOGITS[i] for i in numbers.tolist()]
+    def forward(self, features, texts):
+        rows = [LOGITS[i] for i in features[1].tolist()]
+        assert texts == "texts" and not self.training
         return tuple(torch.tensor([row[part] for row in rows], dtype=torch.float32) for part in (1, 2))
+
+    def scores(self, outputs):
+        return sotglp.SOTGLP.scores(argparse.Namespace(lambda_local=0.5), outputs)
 
 
 @pytest.fixture
-def counts(monkeypatch):
-    monkeypatch.setattr(evaluate, "global_logits",
-                        lambda numbers, text, scale: torch.eye(4)[[ZERO_SHOT[i] for i in numbers.tolist()]])
+def counts():
     images = torch.arange(7.0)[:, None, None, None].expand(7, 3, 2, 2)
     labels = torch.tensor([label for label, _, _ in LOGITS])
-    loader = zip(images.split(4), labels.split(4))
-    return evaluate.accuracy(Known(), loader, 0.5, torch.eye(4))
+    return evaluate.count_right(Known(), zip(images.split(4), labels.split(4)), torch.eye(4))
 
 
 def test_right_images_are_counted_by_their_true_class(counts):
-    correct, seen = counts
-    assert correct.tolist() == CORRECT and seen.tolist() == SEEN
+    assert [right.tolist() for right in counts.right.values()] == CORRECT and counts.seen.tolist() == SEEN
+    assert [*counts.right] == ["fused", "global", "local", "zero_shot"]
 
 
-def test_percentages_are_of_all_images():
+def test_percentages_are_of_all_images(counts):
     # 4 of 7, 5 of 7, 3 of 7, 2 of 7; a mean over the classes would be another number
-    found = evaluate.percentages(torch.tensor(CORRECT), torch.tensor(SEEN))
-    assert found == pytest.approx({"accuracy": 400 / 7, "global_accuracy": 500 / 7, "local_accuracy": 300 / 7,
-                                   "zero_shot_accuracy": 200 / 7})
+    assert evaluate.percentages(counts) == pytest.approx({
+        "accuracy": 400 / 7, "global_accuracy": 500 / 7, "local_accuracy": 300 / 7, "zero_shot_accuracy": 200 / 7})
 
 
-def test_per_class_file_by_hand(tmp_path):
-    evaluate.write_per_class(tmp_path / "per_class.csv", ["ant", "bee, wild", "moth", "wasp"], torch.tensor(CORRECT),
-                             torch.tensor(SEEN))
+def test_per_class_file_by_hand(counts, tmp_path):
+    evaluate.write_per_class(tmp_path / "per_class.csv", ["ant", "bee, wild", "moth", "wasp"], counts)
     assert (tmp_path / "per_class.csv").read_text().splitlines() == [
         "label,class,images,fused,global,local,zero_shot", "0,ant,4,50.00,75.00,25.00,0.00",
         '1,"bee, wild",2,100.00,50.00,100.00,50.00', "2,moth,1,0.00,100.00,0.00,100.00", "3,wasp,0,,,,"]
@@ -113,7 +126,8 @@ def test_training_and_evaluation_report_what_is_counted_one_by_one(lambda_local,
         assert found["test_images"] == 7
     assert (f"accuracy {100 * right['accuracy'] / 7:.2f} %  (global {100 * right['global_accuracy'] / 7:.2f}, "
             f"local {100 * right['local_accuracy'] / 7:.2f}, zero-shot {100 * right['zero_shot_accuracy'] / 7:.2f})  "
-            "on 7 test images") in capsys.readouterr().out.splitlines()[-1]
+            "on 7 test images, float32") in capsys.readouterr().out.splitlines()[-1]
+    assert (run / "evaluation.csv").read_text() == (run / "per_class.csv").read_text()
     with open(run / "per_class.csv") as file:
         rows = list(csv.DictReader(file))
     assert [(row["label"], row["class"], row["images"]) for row in rows] == [
@@ -125,10 +139,37 @@ def test_training_and_evaluation_report_what_is_counted_one_by_one(lambda_local,
 # ---- runs ----------------------------------------------------------------------------------------------------
 
 def test_evaluation_is_written_beside_what_training_wrote(trained, tmp_path):
-    command(copy(trained, tmp_path), "--device", "cpu")
-    fields = json.loads((tmp_path / "evaluation.json").read_text())
-    assert {"epoch": 3, "dataset": "folder", "shots": 3, "seed": 1, "test_images": 7}.items() <= fields.items()
-    assert json.loads((tmp_path / "result.json").read_text()) == read(trained)[0]
+    run = copy(trained, tmp_path)
+    (run / "per_class.csv").write_text("as training left it")
+    command(run, "--device", "cpu")
+    fields = json.loads((run / "evaluation.json").read_text())
+    assert {"epoch": 3, "dataset": "folder", "shots": 3, "seed": 1, "test_images": 7,
+            "precision": "float32"}.items() <= fields.items()
+    assert read(run)[0] == read(trained)[0] and (run / "per_class.csv").read_text() == "as training left it"
+
+
+def test_a_run_is_tested_in_the_precision_that_it_was_trained_in(options, tmp_path, capsys):
+    train(*options, "--amp", "bf16", "--epochs", 1, "--output-dir", tmp_path)
+    command(tmp_path, "--device", "cpu")
+    result, again = (json.loads((tmp_path / name).read_text()) for name in ("result.json", "evaluation.json"))
+    assert result["precision"] == again["precision"] == "bf16"
+    assert (tmp_path / "evaluation.csv").read_text() == (tmp_path / "per_class.csv").read_text()
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.endswith("on 7 test images, bf16")
+
+
+def test_a_precision_that_the_device_lacks_becomes_float32_and_is_said(trained, tmp_path, capsys):
+    config = {**read(trained)[2]["config"], "amp": "fp16"}
+    command(copy(trained, tmp_path, config=config), "--device", "cpu")
+    assert "was tested in fp16, which needs a GPU; here it is tested in float32" in capsys.readouterr().out
+    assert json.loads((tmp_path / "evaluation.json").read_text())["precision"] == "float32"
+
+
+def test_the_precision_is_that_of_matrix_products():
+    a = torch.ones(2, 2)
+    for amp, dtype in (("off", torch.float32), ("bf16", torch.bfloat16)):
+        with runs.autocast(amp, "cpu"):
+            assert (a @ a).dtype == dtype
 
 
 def copy(run, folder, **changes):
@@ -159,7 +200,7 @@ def test_loaded_run_has_the_options_that_it_was_trained_with(options, tmp_path):
 @pytest.mark.parametrize("change, complaint", [
     ({"clip_sha256": "0" * 64}, "was trained with other CLIP weights: those of .*random.pt"),
     ({"class_names": ["red clay", "lake", "wood"]}, "label 1 of 3 was 'lake', in the data it is 'sea', of 3"),
-    ({"class_names": ["red clay", "sea"]}, "does not hold the tensors"),
+    ({"class_names": ["red clay", "sea"]}, "label 2 of 2 was None, in the data it is 'wood', of 3"),
     ({"learned": {"global_prompts": torch.zeros(4, 4, 128)}}, "does not hold the tensors that its configuration asks")])
 def test_a_checkpoint_of_something_else_is_refused_by_name(change, complaint, trained, tmp_path):
     with pytest.raises(SystemExit, match=complaint):

@@ -182,7 +182,7 @@ def test_rows_are_the_scores_of_averaged_cosines(clip_model, vv_attention):
     with torch.no_grad():
         model.local_projection.add_(0.1 * torch.randn(128, 128))
         prompts = model.encode_prompts()
-        rows, predicted = ood.confidences(clip_model, images, text, model, [p.mean(dim=1) for p in prompts],
+        rows, predicted = ood.confidences(clip_model, images, text, model, prompts,
                                           temperature=0.1, local_weight=0.5)
         alone, nearest = ood.confidences(clip_model, images, text, temperature=0.1, local_weight=0.5)
         image, patches = model.encode_images(images)
@@ -211,7 +211,7 @@ def test_scores_of_a_picture_do_not_depend_on_its_batch(clip_model):
     model = SOTGLP(clip_model, ["red clay", "sea"], n_support=5).eval()
     images, text = torch.randn(5, 3, 32, 32), unit(torch.randn(2, 32))
     with torch.no_grad():
-        prompts = [p.mean(dim=1) for p in model.encode_prompts()]
+        prompts = model.encode_prompts()
         together, _ = ood.confidences(clip_model, images, text, model, prompts)
         for i, image in enumerate(images):
             alone, _ = ood.confidences(clip_model, image[None], text, model, prompts)

@@ -192,3 +192,11 @@ def test_rounding_is_no_difference_in_mass():
 def test_bad_input_is_named(options, complaint):
     with pytest.raises(ValueError, match=complaint):
         sinkhorn(torch.rand(2, 4, 2), **options)
+
+
+def test_arguments_may_have_names_and_marginals_another_precision():
+    cost, a = torch.rand(4, 2), torch.tensor([0.1, 0.2, 0.3, 0.4])
+    expected = sinkhorn(cost, a)
+    assert torch.equal(sinkhorn(cost=cost, a=a), expected)
+    assert torch.equal(sinkhorn(cost, a.double()), expected)              # one float64 marginal beside none
+    assert torch.equal(sinkhorn(cost, a.double(), torch.full((2,), 0.5)), expected)

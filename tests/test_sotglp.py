@@ -616,3 +616,80 @@ def test_features_and_scores_of_the_model_are_float32_under_autocast(model):
             torch.testing.assert_close(found.norm(dim=-1), torch.ones(found.shape[:-1]))
             assert F.cosine_similarity(found, expected, dim=-1).min() > 0.99     # the towers do run in bfloat16
         assert all(logits.dtype == torch.float32 for logits in model(images))
+
+
+# ---- what the scripts ask of a method ------------------------------------------------------------------------
+
+OUTPUTS = torch.tensor([[math.log(3), 0.0]] * 3), torch.tensor([[0.0, math.log(7)]] * 3)
+LABELS = torch.tensor([0, 1, 1])
+
+
+def test_parts_of_the_loss_add_up_to_the_objective_by_hand(model):
+    # global: -ln 3/4, -ln 1/4, -ln 1/4 over 3 images; local: -ln 1/8, -ln 7/8, -ln 7/8; lambda 1/2
+    model.lambda_local = 0.5
+    global_loss = (math.log(4 / 3) + 2 * math.log(4)) / 3
+    local_loss = (math.log(8) + 2 * math.log(8 / 7)) / 3
+    loss, terms = model.loss(OUTPUTS, LABELS, 3)
+    assert loss.item() == pytest.approx(global_loss + local_loss / 2)
+    assert {name: term.item() for name, term in terms.items()} == pytest.approx(
+        {"global": global_loss, "local": local_loss})
+    torch.testing.assert_close(loss, objective(*OUTPUTS, LABELS, 0.5))
+    shares = [model.loss([logits[part] for logits in OUTPUTS], LABELS[part], 3)[0]
+              for part in (slice(0, 1), slice(1, 3), slice(0, 0))]        # uneven, and one without an image
+    assert shares[2] == 0 and sum(shares).item() == pytest.approx(loss.item())
+
+
+def test_scores_by_hand(model):
+    # fused: ln 3 + 0 against 0 + ln 7 / 2: 1.0986 against 0.9730
+    model.lambda_local = 0.5
+    scores = model.scores(OUTPUTS)
+    assert list(scores) == ["fused", "global", "local"]
+    assert scores["fused"][0].tolist() == pytest.approx([math.log(3), math.log(7) / 2])
+    assert scores["global"] is OUTPUTS[0] and scores["local"] is OUTPUTS[1]
+
+
+def test_cosines_are_averaged_over_the_prompts(model):
+    differ(model.global_prompts)
+    images, texts = torch.randn(2, 3, 32, 32), model.encode_prompts()
+    image, patches = model.encode_images(images)
+    cosines, patch_cosines = model.cosines(images, texts)
+    torch.testing.assert_close(cosines, torch.einsum("bd,cgd->bcg", image, texts[0]).mean(-1))
+    torch.testing.assert_close(patch_cosines, torch.einsum("bpd,cld->bpcl", patches, texts[1]).mean(-1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = model.cosines(model.clip.encode_patches(images), texts)
+    assert all(part.dtype == torch.float32 for part in again)
+
+
+def test_texts_at_hand_serve_in_place_of_prompts(model):
+    images = torch.randn(2, 3, 32, 32)
+    first, second = model.eval()(images), model(images, texts=[-text for text in model.encode_prompts()])
+    torch.testing.assert_close(second[0], -first[0])
+    assert not torch.allclose(second[1], first[1])
+
+
+def test_draws_are_those_of_the_generator(model):
+    drawn = [model.draw(5, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert drawn[0].shape == (5, 1) and torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(drawn[0], draw_prompts(5, 4, 0.75, torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("suffix", ["", "."])
+def test_any_prompts_are_encoded_with_every_name_and_a_suffix(suffix, model):
+    table = model.clip.token_embedding.weight
+    words = table[clip.tokenize("two words")[0, 1:3]].detach()            # (M, W), M = 2
+    for prompts in (words.expand(3, -1, -1), words.expand(len(NAMES), 3, -1, -1)):
+        features = model.encode(prompts, suffix)
+        texts = [f"two words {name.replace('_', ' ')}{suffix}" for name in NAMES]
+        expected = unit(model.clip.encode_text(clip.tokenize(texts)))
+        torch.testing.assert_close(features, expected[:, None].expand(-1, 3, -1), atol=1e-5, rtol=0)
+
+
+def test_the_row_error_is_the_largest_since_it_was_reset(clip_model):
+    model = SOTGLP(clip_model, NAMES, n_support=5, epsilon=0.01, n_iters=1)
+    for images in (torch.randn(4, 3, 32, 32), torch.zeros(4, 3, 32, 32), torch.zeros(0, 3, 32, 32)):
+        model(images)
+        if images.any():
+            image, patches = model.encode_images(images)
+            _, plan = local_logits(patches, model.encode_prompts()[1], model.scale, 5, 0.01, 1)
+            expected = (plan.sum(-1) * 5 - 1).abs().max().item()
+        assert model.row_error.item() == pytest.approx(expected) and expected > 1e-4

@@ -11,7 +11,7 @@ import torch
 
 import clip
 import data
-import evaluate
+import runs
 import sotglp
 import train as script
 from conftest import EPOCHS, random_clip, read, train
@@ -198,7 +198,7 @@ def test_cached_features_are_those_of_the_test_transform(options, tmp_path, pict
     items, _, _, names = data.load("folder", pictures, 3, 1)
     clip_model = random_clip_of_the_file()
     torch.manual_seed(1)
-    model = sotglp.SOTGLP(clip_model, names, n_support=5).eval()
+    model = sotglp.SOTGLP(clip_model, names, n_support=5, n_iters=2).eval()
     images = torch.stack([clip.preprocess(32)(data.read_image(path)) for path, *_ in items])
     labels = torch.tensor([label for _, label, _ in items])
     with torch.no_grad():
@@ -251,7 +251,7 @@ def test_training_says_what_it_uses_and_how_it_goes(options, clip_file, tmp_path
     train(*options, "--output-dir", tmp_path / "run")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (f"model {clip_file}, data folder: 3 classes, 9 training and 7 test images; 1 process on cpu, "
-                        f"1 thread, writing to {tmp_path}/run")
+                        f"1 thread, precision float32, writing to {tmp_path}/run")
     assert "lr=0.5" in lines[1] and "n_support=5" in lines[1]
     result, log, _ = read(tmp_path / "run")
     epochs = [line for line in lines if line.startswith("epoch")]
@@ -270,7 +270,7 @@ def test_a_run_writes_what_is_needed_to_read_it(trained, options):
     result, log, checkpoint = read(trained)
     assert {"accuracy", "global_accuracy", "local_accuracy", "zero_shot_accuracy", "seconds", "versions"} <= set(result)
     facts = {"test_images": 7, "train_images": 9, "world_size": 1, "threads": 1, "dataset": "folder", "shots": 3,
-             "seed": 1, "split_seed": 1, "split_matches_published": None}
+             "seed": 1, "split_seed": 1, "split_matches_published": None, "precision": "float32"}
     assert facts.items() <= result.items()
     assert [entry["epoch"] for entry in log] == [1, 2, 3]
     assert all(0 <= entry["seconds"] < 60 for entry in log) and 0 < result["seconds"] < 60
@@ -408,7 +408,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         raise Stop
 
     with pytest.raises(Stop):
-        evaluate.write_whole(path, half)
+        runs.write_whole(path, half)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.txt", "before")]
-    evaluate.write_whole(path, lambda temporary: temporary.write_text("after"))
+    runs.write_whole(path, lambda temporary: temporary.write_text("after"))
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.txt", "after")]

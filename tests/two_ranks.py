@@ -52,7 +52,7 @@ def share_of_a_step(n_images, n_classes, rank, world):
 def fetched(address):
     """What a rank gets from the loader: the path of the file, or its error in words."""
     try:
-        return str(loader.fetch(address))
+        return str(loader.download(address))
     except ConnectionError as error:
         return f"failed: {error}"
 
