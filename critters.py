@@ -1,4 +1,4 @@
-"""A drawn world to try the method on: critters made of parts, on cluttered grounds, with words for everything shown.
+"""A synthetic dataset: drawn critters made of parts, on cluttered grounds, with words for everything shown.
 
 Read top to bottom: what nouns look like -> words -> a creature and its sentence -> drawing -> the stream of pictures
 that the tiny CLIP learns from -> the few-shot benchmark -> pictures out of distribution.

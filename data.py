@@ -28,10 +28,10 @@ import critters
 import download
 
 
-# ---- the data sets -------------------------------------------------------------------------------------------
+# ---- the datasets -------------------------------------------------------------------------------------------
 
 class Row(NamedTuple):
-    """What is known of a data set before its files are read."""
+    """What is known of a dataset before its files are read."""
     template: str              # the hand-written prompt of zero-shot CLIP, as CoOp has it
     classes: int = None
     sizes: tuple = None        # train, val, test images
@@ -83,12 +83,12 @@ DATASETS = {
 
 
 def default_root():
-    """The folder of the data sets where none is named: $DATA_ROOT, else ./data."""
+    """The folder of the datasets where none is named: $DATA_ROOT, else ./data."""
     return os.environ.get("DATA_ROOT", "data")
 
 
 def template(name):
-    """The hand-written prompt of a data set, with one {} for the class name (its underscores become spaces)."""
+    """The hand-written prompt of a dataset, with one {} for the class name (its underscores become spaces)."""
     return DATASETS[name].template
 
 
@@ -109,7 +109,7 @@ def load(name, root, shots, seed, sampler="exact"):
         lists["train"] = draw(lists["train"], shots, rng)
         lists["val"] = few_shot(lists["val"], min(shots, 4), rng)
     for part, items in lists.items():
-        # why not all: the items of the other three come from the disk itself, or are drawn
+        # why not all: these three list existing files, or draw their pictures
         gone = [] if name in ("critters", "folder", "imagenet") else download.missing(path for path, *_ in items)
         if gone:
             raise FileNotFoundError(f"{name}: {len(gone)} of {len(items)} {part} images missing, first: {gone[0]}\n"
@@ -118,9 +118,9 @@ def load(name, root, shots, seed, sampler="exact"):
 
 
 def read_lists(name, root, seed=1):
-    """All that a data set lists, whether it exists or not -> {"train": items, "val": items, "test": items}, names."""
+    """All that a dataset lists, whether it exists or not -> {"train": items, "val": items, "test": items}, names."""
     if name not in DATASETS:
-        raise ValueError(f"no data set is called {name!r}; there are {', '.join(DATASETS)}")
+        raise ValueError(f"no dataset is called {name!r}; there are {', '.join(DATASETS)}")
     readers = {"critters": _critters, "folder": _folder, "imagenet": _imagenet, "fgvc_aircraft": _aircraft}
     row, read = DATASETS[name], readers.get(name, _split)
     try:
@@ -161,13 +161,13 @@ def _split(row, home, images, seed):
             parts = json.load(file)
             return [[(f"{images}/{picture}", int(label), str(class_name)) for picture, label, class_name in parts[part]]
                     for part in ("train", "val", "test")]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"{path} should hold lists train, val and test of [path, label, class name]: "
                              f"{type(error).__name__}: {error}") from error
 
 
 def _aircraft(row, home, images, seed):
-    """The data set's own lists, lines `<7 digits> <variant>`; the label is the variant's line in variants.txt.
+    """The dataset's own lists, lines `<7 digits> <variant>`; the label is the variant's line in variants.txt.
 
     differs: the released code trains on train and val together (6,667 images), the literature on train (3,334).
     """
@@ -181,7 +181,7 @@ def _aircraft(row, home, images, seed):
 
 
 def _imagenet(row, home, images, seed):
-    """Class folders; the label is the rank of the folder's WordNet id in classnames.txt.
+    """Class folders; the label is the rank of the folder's WordNet id among all of them, sorted.
 
     differs: CoOp lists files in the order of the disk, so its draw varies from machine to machine; here file names are
     sorted. CoOp also uses the 50,000 test pictures for validation; here there is no validation set.
@@ -198,7 +198,9 @@ def _folder(row, home, images, seed):
     apart = os.path.isdir(f"{images}/train") and os.path.isdir(f"{images}/test")
     train, given = f"{images}/train" if apart else images, f"{home}/classnames.txt"
     names = _read_names(given) if os.path.exists(given) else {
-        folder: re.sub("[_-]", " ", folder) for folder in download.class_folders(train)}
+        # why as UTF-8: a class must have the same name, and so the same tokens, whatever the locale is
+        folder: re.sub("[_-]", " ", os.fsencode(folder).decode("utf-8", "replace"))
+        for folder in download.class_folders(train)}
     items = _class_items(train, names)
     if apart:
         return items, [], _class_items(f"{images}/test", names)
@@ -228,7 +230,7 @@ def _lines(path):
 
 
 def split_matches_published(name, root):
-    """Whether the split file is CoOp's, byte for byte; None where a data set has no split file."""
+    """Whether the split file is CoOp's, byte for byte; None where a dataset has no split file."""
     return download.is_published(DATASETS[name], root)
 
 
@@ -383,7 +385,7 @@ def parse_args(argv=None):
                "stanford_cars and ucf101 must be downloaded by hand: --download says where.")
     add = parser.add_argument
     add("--dataset", choices=DATASETS, metavar="NAME", required=True, help=", ".join(DATASETS))
-    add("--data-root", default=default_root(), help="$DATA_ROOT or ./data unless given; one root holds all data sets, "
+    add("--data-root", default=default_root(), help="$DATA_ROOT or ./data unless given; one root holds all datasets, "
         "in CoOp's layout or torchvision's (for `folder`: the folder of your pictures itself)")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--download", action="store_true", help="get what is not there yet, then check")

@@ -1,19 +1,23 @@
-"""Where the files of a data set are, whether they are complete, and how to get them. Lists are read in data.py.
+"""Where the files of a dataset are, whether they are complete, and how to get them. Lists are read in data.py.
 
     python data.py --dataset NAME --data-root DIR --download
     python data.py --dataset NAME --data-root DIR --check
 
-`row` is a data set's line in data.DATASETS. torchvision downloads the pictures where it can. CoOp's split files and the
+`row` is a dataset's line in data.DATASETS. torchvision downloads the pictures where it can. CoOp's split files and the
 class names of ImageNet come from addresses whose content is fixed by a commit; their hashes are compared.
 """
 
 import collections
+import contextlib
 import hashlib
 import http.client
 import os
 import sys
+import urllib.error
 import urllib.request
 from multiprocessing.pool import ThreadPool
+
+from clip.loader import chunks  # before torch, see clip/__init__.py
 
 import torchvision
 
@@ -26,6 +30,10 @@ CLASSNAMES_DIGEST = "89e0b642c6697a3a43a06a2bb65f9fefb3ca295ccc5f4ba9ce385f1a3a5
 TORCHVISION = {"caltech101": "Caltech101", "oxford_pets": "OxfordIIITPet", "oxford_flowers": "Flowers102",
                "food101": "Food101", "fgvc_aircraft": "FGVCAircraft", "sun397": "SUN397", "dtd": "DTD",
                "eurosat": "EuroSAT"}
+HOSTS = {"caltech101": "data.caltech.edu", "oxford_pets": "www.robots.ox.ac.uk", "food101": "data.vision.ee.ethz.ch",
+         "oxford_flowers": "www.robots.ox.ac.uk", "fgvc_aircraft": "www.robots.ox.ac.uk", "dtd": "www.robots.ox.ac.uk",
+         "sun397": "vision.princeton.edu", "eurosat": "huggingface.co/datasets/torchgeo/eurosat"}
+LIST_LIMIT = 64 * 2**20                            # bytes that a list may have
 BY_HAND = {
     "imagenet": "register at https://image-net.org, get ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, unpack "
                 "them into one folder per class",
@@ -51,18 +59,20 @@ def locate(row, root):
     return next((layout for layout in layouts if os.path.isdir(layout[1])), layouts[0])
 
 
-def tree(name, row, root):
-    """The files that are expected and their places, for error messages."""
+def tree(name, row, root, failed=False):
+    """The files that are expected and their places, for error messages. failed: a download was tried just now."""
     root = absolute(root)
     layouts = ["".join(f"\n  {os.path.join(root, home, file)}" for file in
                        (*row.lists, os.path.join(images, row.pictures))) for home, images in row.layouts]
     by_hand = f"\nthe pictures: {BY_HAND[name]}" if name in BY_HAND else ""
     fetch = f"\n{'the list' if by_hand else 'to get it'}: python data.py --dataset {name} --data-root {root} --download"
+    if failed:
+        fetch = "\nfetch the files on another machine and put them there"
     return "expected:" + "\nor:".join(layouts) + by_hand + (fetch if row.lists else "")
 
 
 def missing(paths):
-    """The paths that do not exist. Each folder is listed once; no file is looked at by itself."""
+    """The paths that do not exist. Each folder is listed once, without a look at each file."""
     folders, gone = {}, []
     for path in paths:
         folder, file = os.path.split(path)
@@ -76,7 +86,7 @@ def missing(paths):
 def class_folders(folder):
     """The picture folder of ImageNet's kind: {class folder: paths of its pictures}, all sorted.
 
-    Each class folder is listed once and no file is looked at by itself: ImageNet has 1.3 million.
+    Each class folder is listed once, without a look at each file: ImageNet has 1.3 million.
     """
     with os.scandir(folder) as entries:
         classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
@@ -98,7 +108,7 @@ def _pictures(folder):
 
 
 def is_published(row, root):
-    """Whether the split file is CoOp's, byte for byte; None where a data set has no split file."""
+    """Whether the split file is CoOp's, byte for byte; None where a dataset has no split file."""
     if row.digest is None:
         return None
     with open(f"{locate(row, root)[0]}/{row.lists[0]}", "rb") as file:
@@ -123,7 +133,7 @@ def fetch(addresses, path, expected):
     for address in addresses:
         try:
             with urllib.request.urlopen(address, timeout=60) as response:
-                content = response.read()
+                content = b"".join(chunks(response, LIST_LIMIT))
             if digest(content, like=expected) != expected:
                 raise ValueError(f"{len(content)} bytes, digest {digest(content, like=expected)}, expected {expected}")
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -132,7 +142,11 @@ def fetch(addresses, path, expected):
             return os.replace(f"{path}.part", path)
         except (OSError, ValueError, http.client.HTTPException) as error:
             faults.append(f"\n  {address}: {type(error).__name__}: {error}")
-    raise OSError(f"could not get {path} from" + "".join(faults))
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
+            with contextlib.suppress(OSError):     # why: there may be no such file, and no folder
+                os.remove(f"{path}.part")
+    raise OSError(f"could not get {path} from" + "".join(faults) + "\nfetch it on another machine and put it there")
 
 
 def download(name, row, root):
@@ -141,15 +155,16 @@ def download(name, row, root):
         raise ValueError(f"{name} needs no download")
     root = absolute(root)
     if name in BY_HAND:
-        print(f"{name}: the pictures must be got by hand\n" + tree(name, row, root), flush=True)
+        print(f"{name}: the pictures must be downloaded by hand\n" + tree(name, row, root), flush=True)
     elif not os.path.isdir(locate(row, root)[1]):
         print(f"{name}: torchvision downloads the pictures into {root}", flush=True)
         try:
             getattr(torchvision.datasets, TORCHVISION[name])(root, download=True)
         except ModuleNotFoundError:
-            pass    # why: all is there by then; Flowers102 goes on to read labels, with scipy, that the split file has
+            pass    # why: all is there by then; Flowers102 needs scipy for its labels only, and we use the split file's
         except (OSError, RuntimeError) as error:
-            raise OSError(f"{name}: torchvision could not download the pictures: {error}\n" + tree(name, row, root))
+            raise OSError(f"{name}: torchvision could not download the pictures from {HOSTS[name]}: {error}\n"
+                          + tree(name, row, root, failed=True))
     home, _ = locate(row, root)
     for file in row.lists:
         path = f"{home}/{file}"

@@ -1,4 +1,4 @@
-"""Scores a trained run on its test split, averages runs over seeds, or names what is on one's own pictures.
+"""Scores a trained run on its test split, averages runs over seeds, or classifies your own pictures.
 
     python evaluate.py runs/eurosat-16shot-seed1                      the accuracies of one run
     python evaluate.py runs/eurosat-16shot-seed*                      several: mean and standard deviation
@@ -53,6 +53,9 @@ def count_right(model, loader, zero_shot_text):
         scores = model.scores(model((cls, patches), texts=texts))
         scores["zero_shot"] = global_logits(project(cls, model.clip.visual.proj), zero_shot_text[:, None], 1.0)
         for name, score in scores.items():
+            if not score.isfinite().all():
+                raise ValueError(f"the {name} scores of some test images are not finite numbers: the weights or the "
+                                 "precision do not serve")
             hits = torch.bincount(labels[score.argmax(dim=1) == labels], minlength=C)
             right[name] = right.get(name, 0) + hits
         seen += torch.bincount(labels, minlength=C)
@@ -85,7 +88,7 @@ def percentages(counts):
 
 @torch.no_grad()
 def zero_shot_text(clip_model, class_names, template):
-    """Unit text features (C, D) of the data set's hand-written template; underscores become spaces."""
+    """Unit text features (C, D) of the dataset's hand-written template; underscores become spaces."""
     device = clip_model.logit_scale.device
     prompts = [template.format(name.replace("_", " ")) for name in class_names]
     return torch.cat([unit(clip_model.encode_text(clip.tokenize(chunk).to(device)))
@@ -95,7 +98,7 @@ def zero_shot_text(clip_model, class_names, template):
 def write_per_class(path, class_names, counts):
     """A CSV file with the accuracy of every score for each class, in percent; empty where a class has no image."""
     def write(temporary):
-        with open(temporary, "w", newline="") as file:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(["label", "class", "images", *counts.right])
             for label, (name, n) in enumerate(zip(class_names, counts.seen.tolist())):
@@ -132,7 +135,7 @@ def evaluate_run(run, device, data_root=None, workers=0):
     model = runs.build(run, checkpoint, device)
     amp = runs.usable_amp(config["amp"], device)
     if amp != config["amp"]:
-        print(f"note: {run} was tested in {config['amp']}, which needs a GPU; here it is tested in float32", flush=True)
+        print(f"note: {run} was trained in {config['amp']}, which needs a GPU; it is tested in float32", flush=True)
     if amp in runs.HALF:
         model.clip.store_matrices(runs.HALF[amp])
     counts = test(model, items, config["dataset"], amp, workers)
@@ -167,7 +170,7 @@ ucf101         64.7 82.2 86.9 87.5  71.2 73.4 77.1 80.2 82.2  74.5 78.2 81.9 85.
 
 
 def paper_numbers():
-    """{(data set, shots, method): [accuracy]} of the paper's Tables 1 and 4, in percent."""
+    """{(dataset, shots, method): [accuracy]} of the paper's Tables 1 and 4, in percent."""
     numbers = {}
     for dataset, *row in map(str.split, PAPER.strip().splitlines()):
         row = list(map(float, row))
@@ -178,10 +181,10 @@ def paper_numbers():
 
 
 def our_numbers(folder):
-    """{(data set, shots, "ours"): accuracies over seeds} of the finished runs below a folder, and notes on them.
+    """{(dataset, shots, "ours"): accuracies over seeds} of the finished runs below a folder, and notes on them.
 
-    why: a run whose options, seeds aside, are not those of the first one found for its data set and shots, or that
-    repeats a seed, is left out by name: an ablation must not be averaged in.
+    A run with other options than the first one of its dataset and shots, or with a repeated seed, is left out by name.
+    why: an ablation must not be averaged in.
     """
     numbers, first, seeds, notes = {}, {}, set(), []
     for run in runs.finished_runs(folder):
@@ -206,7 +209,7 @@ def print_tables(folder):
     numbers = paper_numbers()
     datasets = list(dict.fromkeys(dataset for dataset, _, _ in numbers))
     numbers |= ours
-    for shots in SHOTS:                                 # averages of every method, over the data sets alone that ran
+    for shots in SHOTS:                                 # averages of every method, over the datasets alone that ran
         ran = [dataset for dataset in datasets if (dataset, shots, "ours") in ours]
         for method in dict.fromkeys((*TABLE_1, *TABLE_4, "ours")):
             values = [statistics.mean(numbers[d, shots, method]) for d in ran if (d, shots, method) in numbers]
@@ -216,7 +219,7 @@ def print_tables(folder):
         cells = [mean_and_spread(numbers.get(key, []), 2 if key[2] == "ours" else 1) for key in keys]
         print(f"{label:15s}" + "".join(f"{cell:>18s}" for cell in cells))
 
-    print("All columns but ours are the paper's printed numbers; averages are over the data sets that ran here.")
+    print("All columns but ours are the paper's printed numbers; averages are over the datasets that ran here.")
     print("\nTable 1, 16 shots" + "".join(f"{name:>18s}" for name in (*TABLE_1, "ours"))[2:])
     for dataset in (*datasets, "average"):
         row(dataset, [(dataset, 16, method) for method in (*TABLE_1, "ours")])
@@ -226,7 +229,7 @@ def print_tables(folder):
         for method in (*TABLE_4, "ours"):
             row(f"  {method}", [(dataset, shots, method) for shots in SHOTS])
     print("\n" + "\n".join(notes or [f"no result.json below {folder}: nothing ran yet"]))
-    with open(Path(folder) / "table.csv", "w", newline="") as file:
+    with open(Path(folder) / "table.csv", "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["dataset", "shots", "method", "accuracy", "standard deviation", "runs"])
         for key, values in numbers.items():
@@ -247,6 +250,9 @@ def mean_and_spread(values, digits=2):
 
 def report_runs(args):
     """Each run's accuracies; for several also mean and standard deviation."""
+    first, *others = [runs.read_checkpoint(run) for run in args.runs]
+    for run, other in zip(args.runs[1:], others):
+        runs.check_kind(args.runs[0], first, run, other)
     results = []
     for run in args.runs:
         results.append(evaluate_run(run, args.device, args.data_root, args.workers))
@@ -271,19 +277,19 @@ def predict_images(args):
 
 
 def zero_shot(args):
-    """The hand-written template on a data set's test split, beside the published value where there is one."""
+    """The hand-written template on a dataset's test split, beside the published value where there is one."""
     name = args.model or runs.default_model(args.dataset)
-    *_, test, class_names = data.load(args.dataset, args.data_root, shots=0, seed=1)
+    *_, items, class_names = data.load(args.dataset, args.data_root, shots=0, seed=1)
     model, preprocess = clip.load(name, args.device)
     text = zero_shot_text(model, class_names, data.template(args.dataset))
     right = 0
-    loader = data.test_loader(data.Pictures(test, preprocess), EVAL_BATCH, args.workers, args.device)
+    loader = data.test_loader(data.Pictures(items, preprocess), EVAL_BATCH, args.workers, args.device)
     with torch.no_grad():
         for images, labels in runs.progress(loader, "test"):
             right += int(((unit(model.encode_image(images.to(args.device))) @ text.T).argmax(1).cpu() == labels).sum())
     published = data.DATASETS[args.dataset].zero_shot
     beside = f"; published for ViT-B/16: {published} %" if published else ""
-    print(f"zero-shot {name} on {args.dataset}: {100 * right / len(test):.2f} % of {len(test)} test images{beside}")
+    print(f"zero-shot {name} on {args.dataset}: {100 * right / len(items):.2f} % of {len(items)} test images{beside}")
 
 
 def parse_args(argv=None):
@@ -295,7 +301,7 @@ def parse_args(argv=None):
     parser.add_argument("--table", metavar="FOLDER", help="the paper's Tables 1 and 4 beside the runs below FOLDER")
     parser.add_argument("--dataset", choices=sorted(data.DATASETS), default="critters", help="for --zero-shot")
     parser.add_argument("--model", help="for --zero-shot: a CLIP name or file (tiny for critters, else ViT-B/16)")
-    parser.add_argument("--data-root", help="folder of the data sets (the run's own, else $DATA_ROOT, else ./data)")
+    parser.add_argument("--data-root", help="folder of the datasets (the run's own, else $DATA_ROOT, else ./data)")
     parser.add_argument("--device", default=runs.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="processes that read pictures (%(default)s)")
     args = parser.parse_args(argv)
@@ -306,18 +312,19 @@ def parse_args(argv=None):
     return args
 
 
+@runs.plain_errors()
 def main(args):
     """Zero-shot accuracy, the paper's tables, one's own pictures, or the accuracies of runs."""
-    with runs.plain_errors():
-        if args.zero_shot:
-            args.data_root = args.data_root or data.default_root()
-            zero_shot(args)
-        elif args.table:
-            print_tables(args.table)
-        elif args.images:
-            predict_images(args)
-        else:
-            report_runs(args)
+    runs.check_device(args.device)
+    if args.zero_shot:
+        args.data_root = args.data_root or data.default_root()
+        zero_shot(args)
+    elif args.table:
+        print_tables(args.table)
+    elif args.images:
+        predict_images(args)
+    else:
+        report_runs(args)
 
 
 if __name__ == "__main__":

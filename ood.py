@@ -28,7 +28,7 @@ import runs
 from download import SUFFIXES, absolute
 from sotglp import project
 
-TEMPLATE = "a photo of a {}"     # as in MCM and GL-MCM, for every data set; CoOp's templates end in a full stop
+TEMPLATE = "a photo of a {}"     # as in MCM and GL-MCM, for every dataset; CoOp's templates end in a full stop
 
 # Each OOD set of ImageNet: its number of pictures, and its folder in one of HOMES, which are folders of --data-root.
 BENCHMARK = {"iNaturalist": (10_000, ("iNaturalist",)), "SUN": (10_000, ("SUN",)), "Places": (10_000, ("Places",)),
@@ -123,7 +123,7 @@ def checked(*both):
 # ---- the sets of pictures ------------------------------------------------------------------------------------
 
 def ood_sets(dataset, root, own=None):
-    """The OOD sets that go with a data set -> {name: items}, items as in data.py with label -1.
+    """The OOD sets that go with a dataset -> {name: items}, items as in data.py with label -1.
 
     own: {name: folder}, one's own sets in their place. Raises FileNotFoundError that names every set without pictures.
     """
@@ -157,11 +157,11 @@ def pictures(folder):
 
 
 def count_warnings(sets):
-    """One line for each set of the ImageNet benchmark, ID included, that has not the published number of pictures."""
+    """One line for each set of the ImageNet benchmark, ID included, whose size is not the published one."""
     expected = {"ID": data.DATASETS["imagenet"].sizes[2], **{name: count for name, (count, _) in BENCHMARK.items()}}
     return [f"warning: {name} has {len(items):,} pictures, the benchmark {expected[name]:,}: "
             + ("some are missing, so an archive may be half unpacked" if len(items) < expected[name] else
-               "others lie among them, or it is the whole data set, not the benchmark's selection")
+               "others lie among them, or it is the whole dataset, not the benchmark's selection")
             + "; do not compare with published numbers"
             for name, items in sets.items() if len(items) != expected.get(name, len(items))]
 
@@ -169,7 +169,7 @@ def count_warnings(sets):
 # ---- from pictures to scores ---------------------------------------------------------------------------------
 
 def confidences(clip_model, images, text, model=None, prompts=None, temperature=1.0, local_weight=1.0):
-    """A batch of pictures -> {row of the table: confidence (B,)} and the class that MCM took each for, (B,).
+    """A batch of pictures -> {row of the table: confidence (B,)} and the classes that MCM predicts, (B,).
 
     text (C, D): unit vectors of TEMPLATE, for the controls. model: a run's method; prompts: of its `encode_prompts()`.
     """
@@ -181,10 +181,11 @@ def confidences(clip_model, images, text, model=None, prompts=None, temperature=
             "zero_shot_gl_mcm": gl_mcm(cosines, project(value, proj) @ text.T, *options),
             "zero_shot_gl_mcm_vv": gl_mcm(cosines, project(vv, proj) @ text.T, *options)}
     if model:
-        own = (cls, vv) if model.stream == "vv" else clip_model.encode_patches(images, model.stream)
-        cosines, patch_cosines = model.cosines(own, prompts)                       # (B, C), (B, P, C)
-        rows |= {"mcm": mcm(cosines, temperature), "l_mcm": l_mcm(patch_cosines, temperature),
-                 "gl_mcm": gl_mcm(cosines, patch_cosines, *options)}
+        features = (cls, vv) if model.stream == "vv" else clip_model.encode_patches(images, model.stream)
+        cosines, patch_cosines = model.cosines(features, prompts)                       # (B, C), (B, P, C)
+        rows["mcm"] = mcm(cosines, temperature)
+        if patch_cosines is not None:
+            rows |= {"l_mcm": l_mcm(patch_cosines, temperature), "gl_mcm": gl_mcm(cosines, patch_cosines, *options)}
     return rows, cosines.argmax(dim=1)
 
 
@@ -226,7 +227,7 @@ def paper_rows(config, sets):
     rows = {"zero_shot_mcm": "CLIP (MCM)", "zero_shot_gl_mcm": "CLIP (GL)"}
     variants = {(False, False, False): "SOT-GLP", (True, False, False): "w/o V-V", (False, True, False): "w/o Proj"}
     switches = tuple(config.get(name) for name in ("no_vv", "no_local_projection", "shared_local"))
-    if switches in variants:
+    if switches in variants and config["shots"] == 16:
         rows["gl_mcm"] = variants[switches]
     return {row: {name: {"fpr95": fpr, "auroc": auc} for name, (fpr, auc) in zip((*BENCHMARK, "mean"), TABLE_3[line])}
             for row, line in rows.items()}
@@ -250,8 +251,8 @@ def show(table, paper):
 
 
 def write_csv(path, sets, scores, predicted, row, class_names):
-    """One line per picture: path, set, GL-MCM, the class that MCM took it for."""
-    with open(path, "w", newline="") as file:
+    """One line per picture: path, set, score, the class that MCM predicts."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file)
         lines.writerow(["path", "set", "score", "predicted"])
         for name, items in sets.items():
@@ -274,10 +275,10 @@ def parse_args(argv=None):
     add("--zero-shot", action="store_true", help="only the rows of CLIP without learning, no RUN needed")
     add("--dataset", choices=sorted(data.DATASETS), default="critters", help="for --zero-shot: whose test split is ID")
     add("--model", help="for --zero-shot: a CLIP name or file (tiny for critters, else ViT-B/16)")
-    add("--data-root", help="folder of the data sets; for ImageNet also of the OOD sets, or of ood_data with them "
+    add("--data-root", help="folder of the datasets; for ImageNet also of the OOD sets, or of ood_data with them "
         "(the run's own, else $DATA_ROOT, else ./data)")
     add("--ood-root", action="append", default=[], metavar="NAME=DIR",
-        help="pictures below DIR, at any depth, are an OOD set; may be repeated; replaces the data set's usual ones")
+        help="pictures below DIR, at any depth, are an OOD set; may be repeated; replaces the dataset's usual ones")
     add("--temperature", type=float, default=1.0, help="of the softmax over raw cosines; 1 in every paper, 1000 in the "
         "released training script: nearly a linear score (%(default)s)")
     add("--local-weight", type=float, default=1.0, help="of L-MCM in GL-MCM; 1 for SOT-GLP, GalLoP and LoCoOp, 0.5 in "
@@ -315,31 +316,32 @@ def find_pictures(args, config, trained):
     return sets, class_names
 
 
+@runs.plain_errors()
 def main(args):
     """Finds the pictures, scores each once, prints the table and writes it."""
     start = time.time()
-    with runs.plain_errors():
-        checkpoint = runs.read_checkpoint(args.run) if args.run else {"class_names": None, "config": {
-            "dataset": args.dataset, "model": args.model or runs.default_model(args.dataset),
-            "data_root": data.default_root(), "shots": 0, "split_seed": 1, "sampler": "exact"}}
-        config = checkpoint["config"]
-        sets, class_names = find_pictures(args, config, checkpoint["class_names"])
-        if args.csv:
-            Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
-        model = runs.build(args.run, checkpoint, args.device) if args.run else None
-        clip_model = model.clip if model else clip.load(config["model"], args.device)[0]
-        scores, predicted = score_sets(sets, class_names, clip_model, model, args)
-        table, paper = measure(scores), paper_rows(config, sets)
+    runs.check_device(args.device)
+    checkpoint = runs.read_checkpoint(args.run) if args.run else {"class_names": None, "config": {
+        "dataset": args.dataset, "model": args.model or runs.default_model(args.dataset),
+        "data_root": data.default_root(), "shots": 0, "split_seed": 1, "sampler": "exact"}}
+    config = checkpoint["config"]
+    sets, class_names = find_pictures(args, config, checkpoint["class_names"])
+    if args.csv:
+        Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
+    model = runs.build(args.run, checkpoint, args.device) if args.run else None
+    clip_model = model.clip if model else clip.load(config["model"], args.device)[0]
+    scores, predicted = score_sets(sets, class_names, clip_model, model, args)
+    table, paper = measure(scores), paper_rows(config, sets)
 
-        show(table, paper)
-        if args.run:
-            runs.write_json(Path(args.run) / "ood.json", {
-                "dataset": config["dataset"], "model": config["model"], "temperature": args.temperature,
-                "local_weight": args.local_weight, "images": {name: len(items) for name, items in sets.items()},
-                "table": table, "paper_table_3": paper, "seconds": round(time.time() - start, 1)})
-        if args.csv:
-            row = "gl_mcm" if model else "zero_shot_gl_mcm"
-            runs.write_whole(args.csv, lambda path: write_csv(path, sets, scores, predicted, row, class_names))
+    show(table, paper)
+    if args.run:
+        runs.write_json(Path(args.run) / "ood.json", {
+            "dataset": config["dataset"], "model": config["model"], "temperature": args.temperature,
+            "local_weight": args.local_weight, "images": {name: len(items) for name, items in sets.items()},
+            "table": table, "paper_table_3": paper, "seconds": round(time.time() - start, 1)})
+    if args.csv:
+        row = [*table][-1] if model else "zero_shot_gl_mcm"
+        runs.write_whole(args.csv, lambda path: write_csv(path, sets, scores, predicted, row, class_names))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,25 @@
-"""A run's folder: what stands in it, how it is written whole, read again and compared. The scripts share this file.
+"""Writes, reads and compares run folders. All scripts share this file.
 
-    last.pt        what was learned, how to read it, and what --resume goes on with
+    last.pt        what was learned, and all that --resume needs; it contains the log too
     log.jsonl      one line per epoch
+    lock           the number of the process that writes here; only one can
     result.json    accuracies on the test split, configuration, versions; per_class.csv has them for each class
     evaluation.json, evaluation.csv    the same numbers from evaluate.py
     ood.json       the table of ood.py
 
-Read it from `open_run` (a folder becomes a model) through the checks to what every script prints and writes with.
+Read it from `open_run` (from a folder to a model) through the checks to the helpers for printing and writing.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
 import platform
 import sys
+import threading
 import time
+import zipfile
 from pathlib import Path
 
 import clip  # before torch: it bounds how long torch's threads wait
@@ -27,6 +31,11 @@ import torchvision
 from sotglp import SOTGLP
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+# What a run writes beside last.pt, log.jsonl and lock.
+REPORTS = ("result.json", "per_class.csv", "evaluation.json", "evaluation.csv", "ood.json")
+# What last.pt contains.
+CHECKPOINT = {"learned": dict, "optimizer": dict, "scaler": dict, "config": dict, "class_names": list, "data": dict,
+              "clip_sha256": str, "threads": int, "epoch": int, "seconds": float, "log": list}
 # Options that change how a run is computed and stored, but not what is computed.
 PRACTICAL = {"data_root", "output_dir", "device", "workers", "amp", "text_chunk", "checkpoint_text"}
 
@@ -36,7 +45,7 @@ PRACTICAL = {"data_root", "output_dir", "device", "workers", "amp", "text_chunk"
 def open_run(run, device="cpu"):
     """A run's folder -> the contents of its last.pt, and its model in evaluation mode with what it has learned.
 
-    Raises FileNotFoundError where there is no run, ValueError where its CLIP is not the one that it was trained with.
+    Raises FileNotFoundError where there is no run, ValueError where last.pt is damaged or does not fit its CLIP.
     """
     checkpoint = read_checkpoint(run)
     return checkpoint, build(run, checkpoint, device)
@@ -50,13 +59,16 @@ def build(run, checkpoint, device="cpu"):
     return model.eval()
 
 
+SAME = ("n_global", "n_local", "n_support", "epsilon", "n_iters", "lambda_local", "prompt_dropout", "text_chunk",
+        "checkpoint_text")
+SWITCHES = {"no_local_projection": "local_projection", "no_vv": "vv_attention", "shared_local": "class_specific",
+            "no_plan_gradient": "plan_gradient"}     # option of train.py: what it switches off
+
+
 def make_model(clip_model, class_names, config, ranks=(0, 1)):
     """The model that a configuration (the options of train.py, as a dict) describes."""
-    same = ("n_global", "n_local", "n_support", "epsilon", "n_iters", "lambda_local", "prompt_dropout", "text_chunk",
-            "checkpoint_text")
-    return SOTGLP(clip_model, class_names, **{name: config[name] for name in same},
-                  local_projection=not config["no_local_projection"], vv_attention=not config["no_vv"],
-                  class_specific=not config["shared_local"], plan_gradient=not config["no_plan_gradient"], ranks=ranks)
+    return SOTGLP(clip_model, class_names, **{name: config[name] for name in SAME},
+                  **{argument: not config[option] for option, argument in SWITCHES.items()}, ranks=ranks)
 
 
 def restore(run, checkpoint, model, clip_sha256):
@@ -68,6 +80,7 @@ def restore(run, checkpoint, model, clip_sha256):
     if {name: p.shape for name, p in learned.items()} != {name: p.shape for name, p in checkpoint["learned"].items()}:
         raise ValueError(f"{run}/last.pt does not hold the tensors that its configuration asks for: "
                          f"found {sorted(checkpoint['learned'])}, expected {sorted(learned)}")
+    clip.check_finite(checkpoint["learned"], f"{run}/last.pt")
     for name, tensor in learned.items():
         tensor.copy_(checkpoint["learned"][name])
 
@@ -75,27 +88,107 @@ def restore(run, checkpoint, model, clip_sha256):
 # ---- what stands in a folder ---------------------------------------------------------------------------------
 
 def read_checkpoint(run):
-    """The contents of a run's last.pt. Raises FileNotFoundError for a folder that holds none."""
+    """The contents of a run's last.pt.
+
+    Raises FileNotFoundError for a folder that holds none, ValueError for a damaged file and one of something else.
+    """
     path = Path(run) / "last.pt"
     if not path.is_file():
         raise FileNotFoundError(f"{run} holds no last.pt: name a folder that train.py wrote, such as "
                                 "runs/critters-16shot-seed1")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():                       # why: torch does not compare the checksums, and would read a
+                raise ValueError("wrong checksum")      # changed number as if nothing had happened
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # why so broad: in a damaged file zipfile, pickle and torch can trip over anything
+        raise ValueError(f"{path} is damaged: it cannot be read ({type(error).__name__}); the run must start anew, "
+                         "with --overwrite") from error
+    wrong = [name for name, kind in CHECKPOINT.items() if not isinstance(checkpoint, dict)
+             or not isinstance(checkpoint.get(name), kind)]
+    if not wrong:
+        kinds = {"learned": torch.Tensor, "class_names": str, "log": dict}
+        parts = {name: checkpoint[name].values() if name == "learned" else checkpoint[name] for name in kinds}
+        wrong = [name for name, kind in kinds.items() if not all(isinstance(part, kind) for part in parts[name])]
+        options = (*SAME, *SWITCHES, "dataset", "model", "data_root", "shots", "seed", "split_seed", "sampler", "amp")
+        wrong += [f"option {name}" for name in options if name not in checkpoint["config"]]
+    if wrong:
+        raise ValueError(f"{path} is damaged, or is not a file of this program: it has no readable {', '.join(wrong)}")
+    return checkpoint
 
 
 def read_log(run):
     """The lines of a run's log.jsonl: a dict for each epoch."""
-    return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def read_result(run):
-    """A run's result.json."""
-    return json.loads((Path(run) / "result.json").read_text())
+    """A run's result.json. Raises ValueError where it cannot be read as such."""
+    path = Path(run) / "result.json"
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        wrong = [name for name in ("dataset", "model", "shots", "seed", "split_seed", "config") if name not in result]
+        wrong += [] if isinstance(result.get("accuracy"), float) else ["accuracy"]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    if wrong:
+        raise ValueError(f"{path} is damaged, or is not a file of this program: it has no {', '.join(wrong)}")
+    return result
 
 
 def finished_runs(folder):
     """The folders below `folder`, at any depth, that hold a result.json, sorted."""
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
     return [path.parent for path in sorted(Path(folder).rglob("result.json"))]
+
+
+def holds_run(folder):
+    """Whether a run stands in this folder."""
+    return any((Path(folder) / name).exists() for name in ("last.pt", "result.json"))
+
+
+def lock(folder, patience=2.0):
+    """Takes a folder, which is made where it does not exist, for this process until it ends -> the file to keep open.
+
+    Raises OSError with the number of the process that has it. Removes what a killed process left half-written.
+    why lockf: a loader worker inherits a flock and keeps it when its parent is killed, but not this lock.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file, start = open(Path(folder) / "lock", "a+"), time.time()
+    while True:
+        try:
+            if os.name == "nt":
+                import msvcrt
+                file.seek(0)
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):
+            if time.time() - start > patience:     # why wait: a process that was just killed needs a moment to be gone
+                file.seek(0)
+                raise OSError(f"process {file.read() or 'unknown'} writes to {folder}: wait for its end, or name "
+                              "another --output-dir") from None
+            time.sleep(0.1)
+    file.truncate(0)
+    print(os.getpid(), end="", file=file, flush=True)
+    for left in Path(folder).glob("*.tmp*"):
+        left.unlink(missing_ok=True)
+    return file
+
+
+def end_with_parent():
+    """Ends this process when its parent is gone. why: ranks would go on writing after torchrun was killed."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 # ---- what must agree -----------------------------------------------------------------------------------------
@@ -104,6 +197,32 @@ def changes(before, now):
     """The options in which two configurations differ, without those in PRACTICAL: a list of texts."""
     return [f"{name} was {before.get(name)}, is {now[name]}" for name in now
             if name not in PRACTICAL and before.get(name) != now[name]]
+
+
+def digest(items, root):
+    """The number of some items, and a hash of their paths below the root and their labels."""
+    root = os.path.abspath(root)
+    lines = [f"{os.path.relpath(path, root) if os.path.isabs(path) else path}\t{label}" for path, label, _ in items]
+    return [len(items), hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()]
+
+
+def check_data(run, before, now):
+    """Raises ValueError where a run was started with other pictures; before, now: {part: digest}."""
+    for part in now:
+        if before.get(part) != now[part]:
+            then = before[part][0] if part in before else "unknown"
+            raise ValueError(f"{run} was started with other {part} pictures ({then} then, {now[part][0]} now, of other "
+                             "names or labels): give the same data, or another --output-dir without --resume")
+
+
+def check_kind(run, checkpoint, other, other_checkpoint):
+    """Raises ValueError with the first thing, seeds aside, in which two runs differ: they must not be averaged."""
+    seeds = {name: checkpoint["config"][name] for name in ("seed", "split_seed")}
+    differs = changes(checkpoint["config"], {**other_checkpoint["config"], **seeds})
+    differs += ["it has other classes"] * (checkpoint["class_names"] != other_checkpoint["class_names"])
+    differs += ["it has other CLIP weights"] * (checkpoint["clip_sha256"] != other_checkpoint["clip_sha256"])
+    if differs:
+        raise ValueError(f"{other} is another kind of run than {run}: {differs[0]}; evaluate each alone")
 
 
 def check_classes(run, trained, found):
@@ -118,13 +237,28 @@ def check_classes(run, trained, found):
 # ---- device and precision ------------------------------------------------------------------------------------
 
 def default_model(dataset):
-    """The CLIP that goes with a data set where none is named."""
+    """The CLIP that goes with a dataset where none is named."""
     return "tiny" if dataset == "critters" else "ViT-B/16"
 
 
 def default_device():
     """The first GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(name):
+    """Raises ValueError for a device that does not exist here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name!r} is unknown: give cpu, cuda, or cuda:1 for the second GPU")
+    gpus = torch.cuda.device_count() if device.type == "cuda" and torch.cuda.is_available() else 0
+    needed = max((device.index or 0) + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if device.type == "cuda" and gpus < needed:
+        raise ValueError(f"--device {name} needs {needed} GPU(s), one for each process, torch sees {gpus}: give "
+                         "--device cpu, or start fewer processes")
 
 
 def usable_amp(amp, device):
@@ -171,19 +305,40 @@ def write_whole(path, write):
     try:
         write(temporary)
         os.replace(temporary, path)
+    except RuntimeError as error:                      # why: torch's, on a full disk
+        raise OSError(f"cannot write {path}, is the disk full? {str(error).splitlines()[0]}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path, text):
+    """A text in UTF-8, whole or not at all."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def write_json(path, fields):
     """A dict as indented JSON, whole or not at all."""
-    write_whole(path, lambda temporary: temporary.write_text(json.dumps(fields, indent=2) + "\n"))
+    write_text(path, json.dumps(fields, indent=2) + "\n")
 
 
 @contextlib.contextmanager
-def plain_errors(rank=0):
-    """An error in the user's input ends the program with one line on stderr, printed by rank 0 alone."""
+def plain_errors(hint=""):
+    """Around a script's `main`: what the user can mend ends the program with one line on stderr and exit code 1.
+
+    Every rank prints its own error. hint: what to do after Ctrl-C. Nothing printed can stop a run: a character that the
+    terminal does not know is escaped, and a closed pipe (`| head -1`) ends the program quietly.
+    """
+    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}" if rank == 0 else 1)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # why: Python flushes once more at its end
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(f"{rank}interrupted" + f": {hint}" * bool(hint))
+    except (OSError, ValueError, MemoryError) as error:
+        sys.exit(f"{rank}error: {error}")

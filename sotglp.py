@@ -5,7 +5,8 @@ compare (Sec. 3.1-3.2), and last the model: its `forward` is Figure 1. The trans
 stream in clip/model.py. PAPER.md lists every difference from the paper.
 
 Letters:  B images   C classes   P patches   K kept patches   G global prompts (paper: N_g)
-          L local prompts per class (paper: N_l)   M tokens per prompt   D joint embedding width   W tower width
+          L local prompts per class (paper: N_l)   M tokens per prompt   S tokens of a name   N prompts of any kind
+          D joint embedding width   W width of the tower at hand   c, k: some of C, some of G
           cost, plan: the paper's C and T   scale: 1 / tau   lambda_local: its lambda   n_support: the K of Eq. 8
 Image, patch and text features are unit vectors, so every inner product below is a cosine.
 """
@@ -75,7 +76,7 @@ def sparse_support(similarity, n_support):
 
 
 def check_support(n_support, n_patches):
-    """Raises ValueError, with both numbers, where so many patches cannot be kept."""
+    """Raises ValueError, with both numbers, if n_support is not in [1, P]."""
     if not 1 <= n_support <= n_patches:
         raise ValueError(f"cannot keep {n_support} of {n_patches} patches: --n-support must lie between 1 and "
                          f"{n_patches}")
@@ -100,12 +101,15 @@ def local_logits(patches, text, scale, n_support=10, epsilon=0.1, n_iters=20, pl
 # ---- Sec. 3.5: training objective and inference --------------------------------------------------------------
 
 @in_float32
-def objective(global_logits, local_logits, labels, lambda_local=0.25):
+def objective(global_logits, local_logits, labels, lambda_local=0.25, n_batch=None):
     """Cross-entropy of the global logits (Eq. 5-6) + lambda times that of the local ones (Eq. 11).  Sec. 3.5
 
-    logits (B, C), labels (B,) -> scalar, the mean over images.
+    logits (B, C), labels (B,) -> scalar, the mean over images. n_batch: the size of the batch, where these images are
+    only a part of it; the parts add up to the mean.
     """
-    return F.cross_entropy(global_logits, labels) + lambda_local * F.cross_entropy(local_logits, labels)
+    global_loss, local_loss = (F.cross_entropy(logits, labels, reduction="sum") / (n_batch or len(labels))
+                               for logits in (global_logits, local_logits))
+    return global_loss + lambda_local * local_loss
 
 
 @in_float32
@@ -126,7 +130,7 @@ def unit(features):
 def project(tokens, proj, local_projection=None):
     """Tokens of the image tower as unit vectors of the joint space: (..., W) -> (..., D).  Eq. 3"""
     if local_projection is not None:
-        # Eq. 3: Z_local = Z W_local-proj, then CLIP's projection. why: the two matrices first, there are many tokens
+        # Eq. 3: Z_local = Z W_local-proj, then CLIP's projection. why: the two matrices first, which is cheaper
         proj = local_projection @ proj                                             # (W, D)
     return unit(tokens @ proj)
 
@@ -138,7 +142,7 @@ def mean_cosines(features, text):
 
 
 class ClassTexts:
-    """Learned prompts in front of class names, encoded by the frozen text tower. Every method shares this class.  Eq. 1
+    """Learned prompts in front of class names, encoded by the frozen text tower.  Eq. 1
 
     clip_model: a `clip.CLIP`; class_names: C strings, in the order of their labels. text_chunk: classes that go through
     the text tower at once; checkpoint_text: compute the activations again in the backward pass instead of keeping them;
@@ -156,10 +160,10 @@ class ClassTexts:
         prompts: (N, M, W) for all classes, or (C, N, M, W). With several ranks each process encodes its share of the
         classes and receives the other shares, so all processes must call this together.
         """
-        tokens, eot, chunks, order = self.names(prompts.shape[-2], suffix)
+        tokens, eot, chunks, order = self.prepare(prompts.shape[-2], suffix)
         encode = partial(checkpoint, self.encode_chunk, use_reentrant=False) if self.checkpoint_text \
             else self.encode_chunk
-        # why .expand here: prompts for all classes and prompts of each class take the same way from here on
+        # why: from here on shared prompts and prompts of each class are handled alike
         prompts = prompts.expand(len(self.class_names), -1, -1, -1)                # (C, N, M, W)
         features = torch.cat([encode(prompts[classes], tokens[classes, :longest], eot[classes])
                               for classes, longest in chunks])                     # (c, N, D), this rank's share
@@ -167,8 +171,8 @@ class ClassTexts:
             features = gather_shares(features, len(self.class_names), *self.ranks) # (C, N, D), still sorted by length
         return features[order.argsort()]
 
-    def names(self, n_context, suffix=""):
-        """Class names, tokenised once -> tokens (C, S), places of [EOT] (C,), this process's chunks, order (C,).
+    def prepare(self, n_context, suffix=""):
+        """Tokenises the class names once -> tokens (C, S), places of [EOT] (C,), this process's chunks, order (C,).
 
         A chunk: (class numbers, tokens of the longest name). order: all class numbers, those of short names first.
         Raises ValueError for a name that does not fit into the context with a prompt of n_context tokens.
@@ -182,6 +186,11 @@ class ClassTexts:
                       for classes in order[rank::world].split(self.text_chunk)]
             self.tokenized[n_context, suffix] = tokens.to(device), eot.to(device), chunks, order.to(device)
         return self.tokenized[n_context, suffix]
+
+    def different_names(self):
+        """How many different texts the class names are to this CLIP. Words that it never saw may have equal vectors."""
+        tokens, *_ = self.prepare(0)
+        return len(self.clip.token_embedding(tokens).flatten(1).unique(dim=0))
 
     def encode_chunk(self, prompts, tokens, eot):
         """Prompts (c, N, M, W) and [SOS] name [EOT] (c, S) of some classes -> unit text features (c, N, D).  Eq. 1"""
@@ -211,8 +220,8 @@ def tokenize_names(class_names, n_context, context_length, suffix=""):
 
 def gather_shares(share, n_classes, rank, world):
     """Joins what the processes encoded: share (c, N, D) holds classes rank, rank + world, ... -> (n_classes, N, D)."""
-    padding = -(-n_classes // world) - len(share)       # why: all_gather needs equal shapes; the padding also keeps the
-    share = F.pad(share, (0, 0, 0, 0, 0, padding))      # graph of a process that has no class at all
+    # why: all_gather needs equal shapes; padding also keeps autograd connected on a process without classes
+    share = F.pad(share, (0, 0, 0, 0, 0, -(-n_classes // world) - len(share)))
     return GatherShares.apply(share, rank, world).flatten(0, 1)[:n_classes]
 
 
@@ -242,18 +251,18 @@ class SOTGLP(nn.Module):
     on text and ranks are explained in ClassTexts. Raises ValueError for a class name that is too long for the text
     tower, and for more kept patches than the image tower has.
 
-    Every method that train.py, evaluate.py and ood.py work with has what this class has; there is no base class:
-      DEFAULTS                                  its recipe: the defaults of train.py's options
-      clip, stream                              its CLIP, and which of CLIP's patch streams it reads
-      draw(n_images, generator)                 random choices of a step, made for the global batch, one row per image;
-                                                None where there are none
-      forward(images, drawn=None, texts=None)   images -> outputs, a tuple of tensors, batch first. In place of images:
-                                                what `clip.encode_patches` made of them; texts: of `encode_prompts()`
-      loss(outputs, labels, n_batch)            this process's part of the loss of a global batch of n_batch images, and
-                                                its terms by name. The parts of all processes add up.
-      scores(outputs)                           {name: (B, C)}; the first one decides
-      cosines(images, texts)                    (B, C), (B, P, C) or None: raw cosines for OOD detection
-      learned_state()                           the learned tensors by name
+    train.py, evaluate.py and ood.py use a method through these names alone; another method needs no base class:
+      DEFAULTS                             train.py: the recipe, defaults of its options
+      clip, class_names, stream            its CLIP; the names by label; which of CLIP's patch streams it reads
+      draw(n_images, generator)            train.py: random choices of a step, a row for each image, or None
+      forward(images, drawn, texts)        outputs, a tuple of tensors, batch first. images: (B, 3, R, R), or the tuple
+                                           that `clip.encode_patches` made of them; texts: from `encode_prompts()`
+      encode_prompts()                     evaluate.py, ood.py: the texts, computed once
+      loss(outputs, labels, n_batch)       train.py: this process's part of the loss of n_batch images, {term: its part}
+      scores(outputs)                      {name: (B, C)}; the first one decides
+      cosines(images, texts)               ood.py: raw cosines (B, C), and (B, P, C) or None
+      learned_state()                      the learned tensors by name, sharing the parameters' memory
+      row_error                            train.py: a scalar for the log, which it sets to 0 before each epoch
     """
 
     DEFAULTS = {"lr": 0.05, "epochs": 50, "warmup_epochs": 5, "batch_size": 32, "weight_decay": 0.01}    # Sec. 4
@@ -271,9 +280,9 @@ class SOTGLP(nn.Module):
         words = clip.tokenize(TEMPLATE)[0]
         template = clip_model.token_embedding.weight[words[1 : words.argmax()]]    # (M, W)
         M, W = template.shape
-        # why here: what cannot work fails now and not in the first step
+        # why here: what cannot work fails before training
         check_support(n_support, len(clip_model.visual.positional_embedding) - 1)
-        self.encode.names(M)
+        self.encode.prepare(M)
 
         self.global_prompts = nn.Parameter(template.repeat(n_global, 1, 1))        # (G, M, W)
         # differs: the paper does not say how local prompts start; this is the released scale, U(-bound, bound).
@@ -303,10 +312,11 @@ class SOTGLP(nn.Module):
         global_text, local_text = self.encode_prompts() if texts is None else texts   # (C, G, D), (C, L, D)
         if drawn is None and self.training:
             drawn = self.draw(len(image)).to(image.device)
-        local, plan = local_logits(patches, local_text, self.scale, self.n_support, self.epsilon, self.n_iters,
-                                   self.plan_gradient)
+        global_scores = global_logits(image, global_text, self.scale, drawn)       # (B, C)
+        local_scores, plan = local_logits(patches, local_text, self.scale, self.n_support, self.epsilon, self.n_iters,
+                                          self.plan_gradient)                      # (B, C), (B, C, K, L)
         self.note_row_error(plan)
-        return global_logits(image, global_text, self.scale, drawn), local
+        return global_scores, local_scores
 
     def features(self, images):
         """Images, or what `clip.encode_patches` made of them -> unit (B, D), (B, P, D)."""
@@ -334,13 +344,10 @@ class SOTGLP(nn.Module):
         return draw_prompts(n_images, len(self.global_prompts), self.prompt_dropout, generator)
 
     def loss(self, outputs, labels, n_batch):
-        """Cross-entropies of both branches, summed over these images and divided by n_batch.  Sec. 3.5
-
-        -> their weighted sum, {"global": ..., "local": ...}. With all images of a batch it is `objective`; with none of
-        them, 0 with a gradient of 0.
-        """
-        global_loss, local_loss = (F.cross_entropy(logits, labels, reduction="sum") / n_batch for logits in outputs)
-        return global_loss + self.lambda_local * local_loss, {"global": global_loss, "local": local_loss}
+        """These images' part of the objective of a batch of n_batch images, and of its two terms.  Sec. 3.5"""
+        terms = {name: F.cross_entropy(logits.detach(), labels, reduction="sum") / n_batch
+                 for name, logits in zip(("global", "local"), outputs)}
+        return objective(*outputs, labels, self.lambda_local, n_batch), terms
 
     def scores(self, outputs):
         """The fused score, which decides, and those of each branch: {name: (B, C)}.  Sec. 3.5"""
@@ -357,5 +364,5 @@ class SOTGLP(nn.Module):
         self.row_error = torch.cat([errors.flatten(), self.row_error.to(errors).view(1)]).amax()
 
     def learned_state(self):
-        """What training changes, by name: the prompts and the local projection. All that a checkpoint needs."""
+        """The prompts and the local projection by name: all that a checkpoint needs. Memory is the parameters'."""
         return {name: p.detach() for name, p in self.named_parameters() if not name.startswith("clip.")}

@@ -3,20 +3,22 @@
     python train.py                                                   the embedded default: tiny CLIP, drawn critters
     python train.py --dataset eurosat --data-root DIR                 one GPU (or CPU), CLIP ViT-B/16
     torchrun --nproc_per_node=4 train.py --dataset eurosat            four GPUs, the same result
-    python train.py --dataset eurosat --resume                        go on after an interruption
+    python train.py --resume runs/eurosat-16shot-seed1                go on after an interruption
 
-The number of processes changes nothing: the global batches, the crops and the prompt draws are the same. Each draw has
-a seed of its own, made of (seed, epoch, image) or (seed, epoch), so there is no random state to save and to restore.
+The number of processes changes only the order in which numbers are summed: the global batches, the crops and the prompt
+draws are the same. Each draw has its own seed, made of (seed, epoch, image) or (seed, epoch), so no random state has to
+be saved.
 Read it from `main`: set up, train epoch by epoch, test once.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,7 +38,7 @@ from sotglp import SOTGLP
 # ---- options -------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    """The options. Defaults are those of Sec. 4, the same for every data set and model.
+    """The options. Defaults are those of Sec. 4, the same for every dataset and model.
 
     Defaults that depend on other options or on the machine are filled in here, so that the saved configuration is
     complete.
@@ -44,7 +46,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, recipe = parser.add_argument, SOTGLP.DEFAULTS
     add("--dataset", choices=sorted(data.DATASETS), default="critters", help="critters needs no files (%(default)s)")
-    add("--data-root", help="folder that holds the data sets' folders ($DATA_ROOT, else ./data)")
+    add("--data-root", help="folder that holds the datasets' folders ($DATA_ROOT, else ./data)")
     add("--model", help="%s or a weights file (tiny for critters, else ViT-B/16)" % ", ".join(clip.available_models()))
     add("--shots", type=int, default=16, help="training images per class; the paper has 1, 2, 4, 8, 16 (%(default)s)")
     add("--seed", type=int, default=1, help="initial prompts, order and crops; the paper averages 3 (%(default)s)")
@@ -84,22 +86,39 @@ def parse_args(argv=None):
     add("--checkpoint-text", action="store_true",
         help="recompute text activations, chunk by chunk, in the backward pass: less memory, more time")
     add("--output-dir", help="where the run is written (runs/<dataset>-<shots>shot-seed<seed>)")
-    add("--resume", action="store_true", help="go on from last.pt in the output folder")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--resume", nargs="?", const=True, default=False, metavar="RUN",
+                        help="continue the run in the output folder; with RUN, a folder, all options are that run's "
+                             "(--data-root, --device and --workers may be given anew)")
+    either.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
     args = parser.parse_args(argv)
+    if args.resume not in (True, False):
+        with runs.plain_errors():
+            config = runs.read_checkpoint(args.resume)["config"]
+        args = parser.parse_args(argv, argparse.Namespace(**{**config, "output_dir": args.resume}))
 
     args.model = args.model or runs.default_model(args.dataset)
     on_cuda = args.device.startswith("cuda")
     args.amp = args.amp or ("fp16" if on_cuda else "off")
     args.data_root = args.data_root or data.default_root()
-    args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
-    args.output_dir = args.output_dir or f"runs/{args.dataset}-{args.shots}shot-seed{args.seed}"
+    if args.warmup_epochs < math.inf:                    # else check_args refuses it
+        args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
+    args.output_dir = str(args.output_dir or f"runs/{args.dataset}-{args.shots}shot-seed{args.seed}")
     if args.workers is None:
         args.workers = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if on_cuda else 0
     return args
 
 
 def check_args(args, world):
-    """Raises ValueError for options that cannot work together, before any long work starts."""
+    """Raises ValueError for options that cannot work, alone or together, before any long work starts."""
+    runs.check_device(args.device)
+    for name in ("lr", "weight_decay", "epsilon", "lambda_local", "warmup_epochs", "prompt_dropout", "workers"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be a finite number and not negative, "
+                             f"got {getattr(args, name)}")
+    for name in ("seed", "split_seed"):
+        if not -2**63 <= getattr(args, name) < 2**63:
+            raise ValueError(f"--{name.replace('_', '-')} must have 64 bits at most, got {getattr(args, name)}")
     if args.batch_size < world:
         raise ValueError(f"--batch-size {args.batch_size} leaves some of the {world} processes without images: "
                          f"it is the global batch, give at least {world}")
@@ -108,9 +127,12 @@ def check_args(args, world):
     for name in ("epochs", "n_global", "n_local", "n_support", "n_iters", "shots", "text_chunk"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if args.epsilon <= 0 or not 0 <= args.prompt_dropout <= 1:
+    if args.epsilon == 0 or args.prompt_dropout > 1:
         raise ValueError(f"--epsilon must be positive and --prompt-dropout lie in [0, 1], "
                          f"got {args.epsilon} and {args.prompt_dropout}")
+    if runs.holds_run(args.output_dir) and not args.resume and not args.overwrite:
+        raise ValueError(f"{args.output_dir} holds a run already: --resume goes on with it, --overwrite replaces it, "
+                         "and --output-dir names another folder")
 
 
 # ---- set up --------------------------------------------------------------------------------------------------
@@ -124,14 +146,19 @@ class Run:
     device: torch.device
     train_set: list                   # items: (path, label, class name)
     test_set: list
-    published: bool | None            # whether the split file is CoOp's; None where a data set has none
+    published: bool | None            # whether the split file is CoOp's; None where a dataset has none
     preprocess: Callable              # CLIP's test transform
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    identity: dict                    # configuration, classes and CLIP weights, as last.pt keeps them
+    fingerprint: dict                 # configuration, pictures, classes and CLIP weights, as last.pt keeps them
     started: float
-    epochs_done: int = 0
+    lock: object = None               # the file that keeps other processes out of the folder; rank 0 has it
+    log: list = field(default_factory=list)    # a dict for each epoch that is done
+
+    @property
+    def epochs_done(self):
+        return len(self.log)
 
     @property
     def folder(self):
@@ -146,14 +173,15 @@ def start_processes(args):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if world > 1:
+        runs.end_with_parent()
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=60))
     return rank, world, device
 
 
 def set_up(args, rank, world, device):
-    """Everything that can fail before the first step -> the run, at its start or where --resume goes on."""
-    started, config = time.time(), {name: value for name, value in vars(args).items() if name != "resume"}
-    check_args(args, world)
+    """Builds the run; restores it with --resume. Whatever can fail before the first step fails here."""
+    started = time.time()
+    config = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
     train_set, _, test_set, class_names = data.load(args.dataset, args.data_root, args.shots, args.split_seed,
                                                     args.sampler)
     published = data.split_matches_published(args.dataset, args.data_root)
@@ -163,34 +191,49 @@ def set_up(args, rank, world, device):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    identity = {"config": config, "class_names": class_names, "clip_sha256": clip.weights_hash(clip_model)}
+    fingerprint = {"config": config, "class_names": class_names, "clip_sha256": clip.weights_hash(clip_model),
+                   "data": {part: runs.digest(items, args.data_root)
+                            for part, items in (("training", train_set), ("test", test_set))},
+                   "threads": torch.get_num_threads()}
     if args.amp in runs.HALF:
         clip_model.store_matrices(runs.HALF[args.amp])
-    run = Run(args, rank, world, device, train_set, test_set, published, preprocess, model, optimizer, scaler, identity,
-              started)
-    if args.resume:
+    run = Run(args, rank, world, device, train_set, test_set, published, preprocess, model, optimizer, scaler,
+              fingerprint, started)
+    run.lock = runs.lock(run.folder) if rank == 0 else None
+    if args.resume and (run.folder / "last.pt").exists():
         resume(run)
-    run.folder.mkdir(parents=True, exist_ok=True)
+    elif args.resume and rank == 0:
+        print(f"nothing to resume in {run.folder}, which has no last.pt: the run starts anew")
     return run
 
 
 def resume(run):
-    """Puts what stands in last.pt into the run.
+    """Restores the run from last.pt.
 
-    Raises ValueError where the run was started with other options, classes or CLIP weights.
+    Raises ValueError where the run was started with other options, pictures, classes or CLIP weights.
     """
     checkpoint = runs.read_checkpoint(run.folder)
-    changed = runs.changes(checkpoint["config"], run.identity["config"])
+    changed = runs.changes(checkpoint["config"], run.fingerprint["config"])
     if changed:
         raise ValueError(f"{run.folder} was started with other options ({'; '.join(changed)}): give the same ones, or "
                          "another --output-dir without --resume")
-    runs.check_classes(run.folder, checkpoint["class_names"], run.identity["class_names"])
-    runs.restore(run.folder, checkpoint, run.model, run.identity["clip_sha256"])
-    run.optimizer.load_state_dict(checkpoint["optimizer"])
-    if checkpoint["scaler"]:                             # empty where the run had no need of one, say on CPU
-        run.scaler.load_state_dict(checkpoint["scaler"])
-    run.epochs_done = checkpoint["epoch"]
+    runs.check_classes(run.folder, checkpoint["class_names"], run.fingerprint["class_names"])
+    runs.check_data(run.folder, checkpoint["data"], run.fingerprint["data"])
+    runs.restore(run.folder, checkpoint, run.model, run.fingerprint["clip_sha256"])
+    try:
+        run.optimizer.load_state_dict(checkpoint["optimizer"])
+        if checkpoint["scaler"]:                         # empty where the run had no need of one, say on CPU
+            run.scaler.load_state_dict(checkpoint["scaler"])
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{run.folder}/last.pt is damaged: its optimizer state does not fit") from error
+    run.log = checkpoint["log"]
     run.started -= checkpoint["seconds"]                 # why: the time before the interruption counts too
+    if run.rank == 0:
+        write_log(run)                                   # why: the file may be missing, too short or too long
+        for name, then, now in (("precision", checkpoint["config"]["amp"], run.args.amp),
+                                ("threads", checkpoint["threads"], torch.get_num_threads())):
+            if then != now:
+                print(f"note: {name} was {then}, is {now}: the last digits may differ")
 
 
 def announce(run):
@@ -200,21 +243,14 @@ def announce(run):
           f"training and {len(run.test_set)} test images; {run.world} process{'es' * (run.world > 1)} on "
           f"{run.device.type}, {threads} thread{'s' * (threads > 1)}{' each' * (run.world > 1)}, "
           f"precision {runs.precision(args.amp)}, writing to {run.folder}")
-    print("  ".join(f"{name}={value}" for name, value in sorted(run.identity["config"].items())))
+    print("  ".join(f"{name}={value}" for name, value in sorted(run.fingerprint["config"].items())))
     if run.published is False:
         print(f"note: the split file of {args.dataset} is not CoOp's published one: do not compare with published "
               "numbers")
-
-
-def clear_folder(run):
-    """Leaves nothing of an earlier run in the folder; of a resumed run's log the epochs that are done."""
-    if not run.args.resume:
-        for name in ("last.pt", "result.json", "per_class.csv", "evaluation.json", "evaluation.csv"):
-            (run.folder / name).unlink(missing_ok=True)
-    # why not the whole log: the line of an interrupted epoch may stand there, but that epoch is done again
-    done = runs.read_log(run.folder)[:run.epochs_done] if run.epochs_done else []
-    runs.write_whole(run.folder / "log.jsonl",
-                     lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in done)))
+    texts = run.model.encode.different_names()
+    if texts < len(run.model.class_names):
+        print(f"warning: {len(run.model.class_names)} class names are only {texts} different texts to this model "
+              "(compared as embeddings): global prompts, and shared local ones, cannot tell such classes apart")
 
 
 def make_loader(run):
@@ -228,7 +264,7 @@ def make_loader(run):
 
 
 class CachedFeatures:
-    """Takes the place of the training loader: batches of what the frozen image tower makes of the few-shot images."""
+    """Replaces the training loader: batches of cached features of the frozen image tower."""
 
     @torch.no_grad()
     def __init__(self, run, batches):
@@ -257,28 +293,30 @@ class CachedFeatures:
 
 # ---- the loop ------------------------------------------------------------------------------------------------
 
-def learning_rate(progress, args):
+def learning_rate(epoch, args):
     """Linear warm-up, then cosine to 0.  Sec. 4
 
-    progress: epochs done, with its fraction, in [0, epochs). why per step: a run of one epoch sees the whole schedule.
+    epoch: a number with a fraction, in [0, epochs). why per step: a run of one epoch sees the whole schedule.
     """
-    if progress < args.warmup_epochs:
-        return args.lr * progress / args.warmup_epochs
-    done = (progress - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
+    if epoch < args.warmup_epochs:
+        return args.lr * epoch / args.warmup_epochs
+    done = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
     return args.lr * (1 + math.cos(math.pi * done)) / 2
 
 
 def train_epoch(run, network, loader, epoch):
     """One pass over the few-shot images -> the fields of its line in log.jsonl."""
     args, model, began, sums = run.args, run.model, time.time(), 0
-    draws = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
+    draws = torch.Generator().manual_seed((args.seed * 100_003 + epoch) % 2**63)
     loader.batch_sampler.epoch = epoch
     network.train()
+    model.row_error = torch.zeros([])
     for step, (images, labels) in enumerate(runs.progress(loader, f"epoch {epoch + 1}", run.rank)):
         run.optimizer.param_groups[0]["lr"] = learning_rate(epoch + (step + 0.5) / len(loader), args)
         n_batch = min(args.batch_size, len(run.train_set) - step * args.batch_size)   # images of this step, all ranks
         drawn = model.draw(n_batch, draws)               # why for all ranks: each takes the rows of its own images
-        images, labels, drawn = to_device(images, run), to_device(labels, run), to_device(drawn, run, share=True)
+        drawn = None if drawn is None else drawn[run.rank::run.world]
+        images, labels, drawn = (to_device(part, run.device) for part in (images, labels, drawn))
         with runs.autocast(args.amp, run.device):
             outputs = network(images, drawn)
         loss, terms = model.loss(outputs, labels, n_batch)
@@ -287,17 +325,15 @@ def train_epoch(run, network, loader, epoch):
         run.scaler.scale(loss * run.world).backward()
         run.scaler.step(run.optimizer)
         run.scaler.update()
-        # why a sum on the device: no step waits for the host
+        # why a sum on the device: the host need not wait for each step
         sums = sums + batch_sums(model, outputs, labels, {"loss": loss, **terms}, n_batch)
     return {**epoch_means(run, sums, ["loss", *(f"{term}_loss" for term in terms)]),
             "lr": run.optimizer.param_groups[0]["lr"], "seconds": round(time.time() - began, 2)}
 
 
-def to_device(tensors, run, share=False):
-    """A tensor on the run's device, of a share only this rank's rows; None and cached features stay as they are."""
-    if not torch.is_tensor(tensors):
-        return tensors
-    return (tensors[run.rank::run.world] if share else tensors).to(run.device, non_blocking=True)
+def to_device(tensor, device):
+    """A tensor on the device. None and cached features, which are there already, stay as they are."""
+    return tensor.to(device, non_blocking=True) if torch.is_tensor(tensor) else tensor
 
 
 @torch.no_grad()
@@ -310,7 +346,6 @@ def batch_sums(model, outputs, labels, losses, n_batch):
 def epoch_means(run, sums, names):
     """The sums of all steps and ranks as means over the images, and the largest row error of all plans."""
     row_error = run.model.row_error.to(run.device)
-    run.model.row_error = torch.zeros([])
     if run.world > 1:
         dist.all_reduce(sums)
         dist.all_reduce(row_error, dist.ReduceOp.MAX)
@@ -323,35 +358,45 @@ def epoch_means(run, sums, names):
 def finish_epoch(run, epoch, fields):
     """A line in the log and on the screen, then last.pt. Raises RuntimeError on a loss that is not a number."""
     fields = {"epoch": epoch + 1, **fields}
-    with open(run.folder / "log.jsonl", "a") as file:
-        file.write(json.dumps(fields) + "\n")
     terms = ", ".join(f"{name.removesuffix('_loss')} {value:.4f}" for name, value in fields.items()
                       if name.endswith("_loss"))
     left = fields["seconds"] * (run.args.epochs - epoch - 1)
     print("epoch {epoch:3d}  loss {loss:.4f} ({terms})  train {train_accuracy:5.1f} %  lr {lr:.2e}  {seconds:.1f} s  "
           "left {left:.0f} s".format(terms=terms, left=left, **fields), flush=True)
     if not math.isfinite(fields["loss"]):
-        raise RuntimeError(f"epoch {epoch + 1}: loss {fields['loss']} ({terms}): try a smaller --lr, or --amp off; "
-                           "last.pt, if there is one, holds the epoch before")
-    save_checkpoint(run, epoch + 1)
+        raise ValueError(f"epoch {epoch + 1}: loss {fields['loss']} ({terms}): try a smaller --lr, or --amp off; "
+                         "last.pt, if there is one, holds the epoch before")
+    run.log.append(fields)
+    save_checkpoint(run)
+    write_log(run)
 
 
-def save_checkpoint(run, epochs_done):
+def save_checkpoint(run):
     """last.pt: what was learned, what is needed to read it, and what --resume goes on with.
 
-    why no random state and no schedule: both follow from the configuration and the epoch.
+    why no random state and no schedule: both follow from the configuration and the epoch. Raises ValueError for learned
+    tensors that are not finite; the last good last.pt stays. The first one of a run removes what an earlier run left.
     """
-    checkpoint = {"learned": run.model.learned_state(), "optimizer": run.optimizer.state_dict(),
-                  "scaler": run.scaler.state_dict(), **run.identity, "epoch": epochs_done,
-                  "seconds": time.time() - run.started}
+    learned = run.model.learned_state()
+    clip.check_finite(learned, f"epoch {run.epochs_done}: training failed, try a smaller --lr, or --amp off")
+    checkpoint = {"learned": learned, "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
+                  **run.fingerprint, "epoch": run.epochs_done, "seconds": time.time() - run.started, "log": run.log}
     runs.write_whole(run.folder / "last.pt", lambda path: torch.save(checkpoint, path))
+    if run.epochs_done == 1:
+        for name in runs.REPORTS:
+            (run.folder / name).unlink(missing_ok=True)
+
+
+def write_log(run):
+    """log.jsonl, whole, as last.pt has it."""
+    runs.write_text(run.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in run.log))
 
 
 # ---- report --------------------------------------------------------------------------------------------------
 
 def report(run, counts):
     """result.json and per_class.csv, and on the screen the accuracies."""
-    config = run.identity["config"]
+    config = run.fingerprint["config"]
     figures = {**evaluate.percentages(counts), "test_images": int(counts.seen.sum()),
                "train_images": len(run.train_set), "split_matches_published": run.published, "world_size": run.world,
                "threads": torch.get_num_threads(), "precision": runs.precision(run.args.amp),
@@ -363,19 +408,42 @@ def report(run, counts):
           f"wrote {run.folder}/result.json, per_class.csv, log.jsonl, last.pt")
 
 
+@contextlib.contextmanager
+def plain_memory_error(model):
+    """Says what takes the memory of a GPU, and what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        C, prompts = len(model.class_names), sum(p.shape[-3] for p in (model.global_prompts, model.local_prompts))
+        raise MemoryError(f"out of GPU memory: the text tower encodes {C} classes x {prompts} prompts in each step. "
+                          "--checkpoint-text with a smaller --text-chunk helps, or more GPUs; a smaller batch does not"
+                          ) from error
+
+
+def report_finished(run):
+    """Says that a resumed run has nothing left to do, and its result."""
+    if run.rank == 0:
+        print(f"{run.folder} is finished\n{evaluate.accuracies_line(runs.read_result(run.folder))}")
+    if run.world > 1:
+        dist.destroy_process_group()
+
+
+@runs.plain_errors("--resume goes on after the last epoch that was finished")
 def main(args):
     """A run from its options to its result: set up, train epoch by epoch, test once."""
+    check_args(args, int(os.environ.get("WORLD_SIZE", 1)))
     rank, world, device = start_processes(args)
-    with runs.plain_errors(rank):
-        run = set_up(args, rank, world, device)
+    run = set_up(args, rank, world, device)
+    if run.epochs_done == args.epochs and (run.folder / "result.json").exists():
+        return report_finished(run)
     if rank == 0:
         announce(run)
-        clear_folder(run)
     network = DistributedDataParallel(run.model) if world > 1 else run.model
     loader = make_loader(run)
 
     for epoch in range(run.epochs_done, args.epochs):
-        fields = train_epoch(run, network, loader, epoch)
+        with plain_memory_error(run.model):
+            fields = train_epoch(run, network, loader, epoch)
         if rank == 0:
             finish_epoch(run, epoch, fields)
 

@@ -6,6 +6,7 @@ OpenAI's files are TorchScript archives, that is programs that carry their weigh
 program alone: `ArchiveReader` knows the few things that weights need, and refuses all others.
 """
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -13,18 +14,20 @@ import os
 import pickle
 import re
 import sys
+import time
 import warnings
 import zipfile
 from collections import OrderedDict
 from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import torch
 import torch.distributed as dist
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
-from .model import build_model
+from .model import LIMIT, build_model
 
 ADDRESS = "https://openaipublic.azureedge.net/clip/models"
 PUBLISHED = {  # as in OpenAI's package openai-clip 1.0.1: the last folder is the file's SHA-256
@@ -32,6 +35,7 @@ PUBLISHED = {  # as in OpenAI's package openai-clip 1.0.1: the last folder is th
     "ViT-B/32": f"{ADDRESS}/40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
     "ViT-L/14": f"{ADDRESS}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
 }
+DOWNLOAD_LIMIT = 2**30                             # bytes; the largest of the three has 890 MiB
 TINY = Path(__file__).with_name("tiny.pt.gz")
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -55,10 +59,19 @@ def load(name, device="cpu"):
     except ValueError as error:
         if sha256(path) not in map(published_hash, PUBLISHED.values()):
             raise ValueError(f"{path}: {error}") from error
-        with warnings.catch_warnings():            # why: a file known to be OpenAI's may run, should our reader fail
-            warnings.simplefilter("ignore")        # on it; torch.jit is deprecated and says so
-            model = build_model(torch.jit.load(path, map_location="cpu").state_dict())
+        model = run_archive(path)
     return model.to(device), preprocess(model.visual.resolution)
+
+
+def run_archive(path):
+    """CLIP from a file that is known to be OpenAI's, by torch itself: the way out should our reader fail on it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")        # why: torch.jit is deprecated and says so
+            return build_model(torch.jit.load(path, map_location="cpu").state_dict())
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is OpenAI's file, but neither this program nor torch can read it: "
+                         f"{str(error).splitlines()[0]}") from error
 
 
 def preprocess(resolution):
@@ -136,10 +149,13 @@ def fetch(url, path):
         receive(url, part)
         os.replace(part, path)
     except (OSError, HTTPException) as error:
+        if isinstance(error, HTTPError):
+            error.close()
         raise ConnectionError(f"cannot download {url} to {path}: {error}. Without a connection, fetch the file on "
                               "another machine and put it there") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):         # why: the folder may not exist
+            part.unlink(missing_ok=True)
 
 
 def receive(url, path):
@@ -147,17 +163,33 @@ def receive(url, path):
     print(f"downloading {url}", file=sys.stderr, flush=True)
     with urlopen(url, timeout=60) as response, open(path, "wb") as file:
         total, done = int(response.headers.get("Content-Length") or 0), 0
-        while chunk := response.read(2**20):
+        for chunk in chunks(response, DOWNLOAD_LIMIT):
             done += file.write(chunk)
-            if sys.stderr.isatty():
-                print(f"\r{done / 2**20:.0f} of {total / 2**20:.0f} MiB ", end="", file=sys.stderr, flush=True)
+            if sys.stderr.isatty() and done // 2**20 > (done - len(chunk)) // 2**20:
+                print(f"\r{done // 2**20} of {total / 2**20:.0f} MiB ", end="", file=sys.stderr, flush=True)
     if sys.stderr.isatty():
         print(file=sys.stderr)
-    if done < total:
-        raise OSError(f"only {done} of {total} bytes came")
     if sha256(path) != published_hash(url):
         raise ValueError(f"{url} sent a file with SHA-256 {sha256(path)}, not the published one; nothing was kept. "
                          "Does a proxy answer in its place?")
+
+
+def chunks(response, limit, pace=1000):
+    """What a server sends, piece by piece.
+
+    Raises OSError where that is more than `limit` bytes, where it breaks off, and where it is slower, after the first
+    minute, than `pace` bytes a second. why a pace: a server that sends a byte now and then never times out.
+    """
+    start, done, total = time.monotonic(), 0, int(response.headers.get("Content-Length") or 0)
+    while chunk := response.read1(2**20):
+        done += len(chunk)
+        if done > limit:
+            raise OSError(f"more than the {limit} bytes that it may have came")
+        if time.monotonic() - start > 60 + done / pace:
+            raise TimeoutError(f"only {done} bytes came in {time.monotonic() - start:.0f} s")
+        yield chunk
+    if done < total:
+        raise OSError(f"only {done} of {total} bytes came")
 
 
 def published_hash(url):
@@ -179,27 +211,43 @@ def sha256(path):
 def read_state_dict(path):
     """The tensors of a TorchScript archive or of a saved state dict, gzipped or not; no code of the file is run.
 
-    Raises ValueError for a damaged file and for one that holds anything else.
+    Raises ValueError for a damaged file, for one that holds anything else, and for one that unpacks to more than LIMIT.
     """
     try:
         with open(path, "rb") as raw:
             gzipped = raw.peek(2)[:2] == b"\x1f\x8b"
-            file = io.BytesIO(gzip.decompress(raw.read())) if gzipped else raw
-            if is_archive(file):
-                return read_archive(zipfile.ZipFile(file))
+            file = io.BytesIO(unpack(raw)) if gzipped else raw
+            if zipfile.is_zipfile(file):
+                archive = zipfile.ZipFile(file)
+                check_archive(archive)
+                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                    return read_archive(archive)   # TorchScript: beside the tensors it has the program's constants
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # why so broad: in a damaged file zipfile, pickle and torch can trip over anything
-        raise ValueError(f"cannot be read as weights ({type(error).__name__}): it is truncated or damaged, or holds "
+        reason = error if isinstance(error, ValueError) else type(error).__name__
+        raise ValueError(f"cannot be read as weights ({reason}): it is truncated or damaged, or holds "
                          "more than tensors. Fetch it again, or save a model's state_dict() alone") from error
     if not (isinstance(state, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items())):
         raise ValueError("holds no plain state dict, {name: tensor}: save a model's state_dict() alone")
     return state
 
 
-def is_archive(file):
-    """Whether this is a TorchScript archive: a zip as torch.save makes it, and beside it the program's constants."""
-    return zipfile.is_zipfile(file) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(file).namelist())
+def unpack(raw):
+    """The content of a gzipped file. Raises ValueError where it is larger than LIMIT."""
+    content = gzip.GzipFile(fileobj=raw).read(LIMIT + 1)
+    if len(content) > LIMIT:
+        raise ValueError(f"it unpacks to more than {LIMIT} bytes")
+    return content
+
+
+def check_archive(archive):
+    """Raises ValueError for a zip that unpacks to more than LIMIT, or whose members have not their checksums."""
+    size = sum(member.file_size for member in archive.infolist())
+    if size > LIMIT:
+        raise ValueError(f"it unpacks to {size} bytes, more than {LIMIT}")
+    if archive.testzip():                          # why: torch does not compare them, and would read changed numbers
+        raise ValueError("a checksum is wrong")
 
 
 def read_archive(archive):
@@ -223,9 +271,13 @@ class Module:
                 yield prefix + name, value
 
 
-def rebuild_tensor(storage, offset, size, stride, *_):
-    """A tensor from its place in a storage."""
-    return storage.as_strided(size, stride, offset)
+class RebuildTensor:
+    """A tensor from its place in a storage. why not a function: a pickle can set a function's attributes."""
+
+    __slots__ = ()
+
+    def __call__(self, storage, offset, size, stride, *_):
+        return storage.as_strided(size, stride, offset)
 
 
 class ArchiveReader(pickle.Unpickler):
@@ -233,7 +285,7 @@ class ArchiveReader(pickle.Unpickler):
 
     known = {
         ("collections", "OrderedDict"): OrderedDict,
-        ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
+        ("torch._utils", "_rebuild_tensor_v2"): RebuildTensor(),
         ("torch.jit._pickle", "build_intlist"): list,
         ("torch", "DoubleStorage"): torch.float64,
         ("torch", "FloatStorage"): torch.float32,
@@ -245,7 +297,7 @@ class ArchiveReader(pickle.Unpickler):
 
     def __init__(self, archive, root):
         super().__init__(archive.open(root + "data.pkl"))
-        self.archive, self.root = archive, root
+        self.archive, self.root, self.storages = archive, root, {}
 
     def find_class(self, module, name):
         if module.split(".")[0] == "__torch__":
@@ -263,4 +315,7 @@ class ArchiveReader(pickle.Unpickler):
 
     def persistent_load(self, key):
         _, dtype, number, _, _ = key
-        return torch.frombuffer(bytearray(self.archive.read(f"{self.root}data/{number}")), dtype=dtype)
+        if (dtype, number) not in self.storages:   # why kept: a file may name a storage again and again
+            content = bytearray(self.archive.read(f"{self.root}data/{number}"))
+            self.storages[dtype, number] = torch.frombuffer(content, dtype=dtype)
+        return self.storages[dtype, number]

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 STREAMS = ("vv", "qk", "value")
+LIMIT = 4 * 2**30                  # bytes that the weights may take: twice what the largest of OpenAI's take in float32
+VOCABULARY = 49408                 # token ids of CLIP's tokenizer
 BOOKKEEPING = {"input_resolution", "context_length", "vocab_size"}  # numbers that OpenAI stores among the weights
 
 
@@ -25,7 +27,7 @@ class QuickGELU(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose queries, keys and values can be had one by one."""
+    """Multi-head attention that gives its queries, keys and values one by one."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -117,20 +119,22 @@ class VisionTransformer(nn.Module):
         if stream not in STREAMS:
             raise ValueError(f"unknown patch stream {stream!r}: choose one of {', '.join(STREAMS)}")
         x = z = self.embed(images)                                                 # Sec. 3.2: Z_0^ori = Z_0^vv = Z_0
-        for block in self.transformer.resblocks:
-            if stream == "vv":
+        if stream == "vv":
+            for block in self.transformer.resblocks:
                 x, z = block.forward_dual(x, z)
+        else:
+            *blocks, last = self.transformer.resblocks
+            for block in blocks:
+                x = block(x)
+            if stream == "value":
+                x, z = last(x), last.forward_value(x)
             else:
-                x, z = block(x), x                                                 # z: what enters the last block
-        if stream == "qk":
-            z = x
-        elif stream == "value":
-            z = block.forward_value(z)
+                x = z = last(x)
         return self.ln_post(x[:, 0]), self.ln_post(z[:, 1:])
 
 
 class CLIP(nn.Module):
-    """Both towers. Frozen, and in evaluation mode whatever `train()` is called around it."""
+    """Both towers, frozen and always in evaluation mode."""
 
     def __init__(self, embed_dim, resolution, patch, vision_width, vision_layers,
                  context_length, vocab_size, text_width, text_layers):
@@ -143,13 +147,13 @@ class CLIP(nn.Module):
         self.ln_final = nn.LayerNorm(text_width)
         self.text_projection = nn.Parameter(torch.empty(text_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.empty([]))
-        self.requires_grad_(False).train()
+        self.requires_grad_(False).eval()
 
     def train(self, mode=True):
         return super().train(False)
 
     def store_matrices(self, dtype):
-        """Keeps what is multiplied by in half precision, for use under autocast. The rest stays as it is.
+        """Casts the weights of matrix products to half precision, for use under autocast. The rest stays as it is.
 
         why: autocast would cast these frozen weights anew at every call.
         """
@@ -198,6 +202,7 @@ def build_model(state_dict):
     if "visual.layer1.0.conv1.weight" in state_dict:
         raise ValueError("this CLIP has a ResNet image tower; SOT-GLP needs the patch tokens of a vision transformer: "
                          "use ViT-B/16, ViT-B/32 or ViT-L/14")
+    check_plain(state_dict)
     weights = {k: v.float() for k, v in state_dict.items() if k not in BOOKKEEPING}
     try:
         vision_width, _, patch, _ = weights["visual.conv1.weight"].shape
@@ -205,21 +210,66 @@ def build_model(state_dict):
         text_width, embed_dim = weights["text_projection"].shape
         context_length = weights["positional_embedding"].shape[0]
         vocab_size = weights["token_embedding.weight"].shape[0]
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, IndexError) as error:
         raise ValueError(f"these weights are no CLIP with a vision transformer: {error} not found as expected; "
                          f"the file begins with {', '.join(list(state_dict)[:3]) or 'nothing'}") from error
+    vision_layers = count_layers(weights, "visual.transformer.resblocks.")
+    text_layers = count_layers(weights, "transformer.resblocks.")
+    grid = round(max(tokens - 1, 0) ** 0.5)
+    for what, found, right, expected in (
+            ("visual.conv1.weight: the width", vision_width, vision_width > 0 == vision_width % 64, "a multiple of 64"),
+            ("visual.conv1.weight: the patch size", patch, patch > 0, "at least 1"),
+            ("visual.positional_embedding: the token count", tokens, tokens == 1 + grid**2 > 1, "1 + a square"),
+            ("text_projection: the width", text_width, text_width > 0 == text_width % 64, "a multiple of 64"),
+            ("text_projection: the joint width", embed_dim, embed_dim > 0, "at least 1"),
+            ("positional_embedding: the context length", context_length, context_length > 1, "at least 2"),
+            ("token_embedding.weight: the vocabulary", vocab_size, vocab_size == VOCABULARY, VOCABULARY)):
+        if not right:
+            raise ValueError(f"these weights do not fit CLIP: {what} is {found}, expected {expected}")
     with torch.device("meta"):
-        model = CLIP(embed_dim, round((tokens - 1) ** 0.5) * patch, patch, vision_width,
-                     count_layers(weights, "visual.transformer.resblocks."),
-                     context_length, vocab_size, text_width, count_layers(weights, "transformer.resblocks."))
+        model = CLIP(embed_dim, grid * patch, patch, vision_width, vision_layers, context_length, vocab_size,
+                     text_width, text_layers)
     check_keys(weights, model.state_dict())
+    check_finite(weights, "these weights")
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False)
 
 
+def check_finite(tensors, where):
+    """Raises ValueError that names the first tensor, {name: tensor}, with a value that is not a finite number."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{where}: {name} has values that are not finite numbers")
+
+
+def check_plain(state_dict):
+    """Raises ValueError for the first value that is not a dense tensor of numbers, and where all take too much."""
+    size = 0
+    for name, value in state_dict.items():
+        if not isinstance(name, str):
+            raise ValueError(f"the weights are named by strings, found {name!r}")
+        found = type(value).__name__
+        if torch.is_tensor(value):
+            found = f"a {value.layout} tensor of {value.dtype} on {value.device}".replace("torch.", "")
+            plain = value.layout == torch.strided and not value.is_quantized and value.device.type != "meta"
+            if plain and not value.is_complex() and value.dtype != torch.bool:
+                needed = value.numel() * value.element_size()
+                if needed <= value.untyped_storage().nbytes():
+                    size += needed
+                    continue
+                found = f"of {needed} bytes, but {value.untyped_storage().nbytes()} bytes are stored"
+        raise ValueError(f"{name!r} is {found}, expected a dense tensor of numbers")
+    if size > LIMIT:
+        raise ValueError(f"these weights take {size} bytes, more than {LIMIT}")
+
+
 def count_layers(weights, prefix):
-    """How many transformer blocks the keys with this prefix number."""
-    return len({k[len(prefix):].split(".")[0] for k in weights if k.startswith(prefix)})
+    """How many transformer blocks the keys with this prefix number. Raises ValueError unless that is 0, 1, 2, ..."""
+    numbers = {k[len(prefix):].split(".")[0] for k in weights if k.startswith(prefix)}
+    if not numbers or numbers != {str(i) for i in range(len(numbers))}:
+        raise ValueError(f"these weights do not fit CLIP: the blocks of {prefix} are "
+                         f"{', '.join(sorted(numbers)) or 'none'}, expected 0, 1, 2 and so on")
+    return len(numbers)
 
 
 def check_keys(found, wanted):

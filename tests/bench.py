@@ -7,6 +7,24 @@
 ViT-B/16 sizes with random weights, one process, one thread, float32; medians of repeats that take turns.
 The plain form below computes the same numbers without any of the tricks: 77 tokens, every row through every block,
 global and local prompts one after the other, each image stream by a pass of its own.
+
+What makes the code fast, each trick exact and tested against the plain form: texts are cut after the longest [EOT] of a
+chunk (the mask is causal); all prompts go through the text tower together; the V-V stream takes V from the ordinary one;
+the frozen towers build no graph for weights; the local projection is multiplied with CLIP's before the patches are;
+transport has a fixed number of iterations and keeps its problems in the contiguous dimension; with several processes
+each encodes its share of the classes.
+
+Predicted by formula, not measured: a step on ImageNet, 1,000 classes, 16 shots, batch 32, ViT-B/16, fp16. With 4 + 4
+prompts there are 8,000 texts. Sorted by length, in chunks of 200 classes, they are 80,000 tokens (616,000 at 77 each); of
+four cards the slowest has 21,600. The text tower costs 75.5 MFLOP per token forward and as much backward, and keeps 146
+KiB per token. --checkpoint-text keeps one chunk at most, 28,800 tokens (14,400 on each of four cards), and computes it
+twice. An image costs 39.3 GFLOP.
+                                    1 card          4 cards, each
+    text, forward and backward      12.1 TFLOP      3.3 TFLOP
+    images                          1.3 TFLOP       0.3 TFLOP
+    text activations                11.1 GiB        3.0 GiB
+    with --checkpoint-text          4.0 GiB         2.0 GiB
+    a step at 35 TFLOP/s            about 0.4 s     about 0.1 s     (half of an RTX 3090's dense peak)
 """
 
 import argparse

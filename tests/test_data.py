@@ -458,7 +458,7 @@ def test_an_empty_folder_is_named(imagenet, tmp_path):
 
 
 def test_an_unknown_data_set_is_answered_with_those_there_are():
-    with pytest.raises(ValueError, match="no data set is called 'mnist'; there are critters, .*ucf101"):
+    with pytest.raises(ValueError, match="no dataset is called 'mnist'; there are critters, .*ucf101"):
         data.load("mnist", ".", 1, 1)
 
 

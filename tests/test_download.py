@@ -1,4 +1,4 @@
-"""Downloading and checking, against a server on this machine and torchvision data sets that are made up."""
+"""Downloading and checking, against a server on this machine and torchvision datasets that are made up."""
 
 import hashlib
 import http.server
@@ -82,15 +82,14 @@ def tree(name, root):
 
 
 def change(monkeypatch, name, **columns):
-    """Replaces columns of a data set's row."""
+    """Replaces columns of a dataset's row."""
     monkeypatch.setitem(data.DATASETS, name, data.DATASETS[name]._replace(**columns))
 
 
 def main(monkeypatch, *args):
     """The command, in this process -> its exit status."""
-    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, args)])
     with pytest.raises(SystemExit) as status:
-        download.main(data.DATASETS, data.read_lists, data.read_image)
+        data.main(data.parse_args([*map(str, args)]))
     return status.value.code
 
 
@@ -116,7 +115,7 @@ def test_a_complete_file_is_kept(server, tmp_path, digest):
     assert path.read_bytes() == CONTENT and os.listdir(path.parent) == ["split.json"]
 
 
-@pytest.mark.parametrize("kind, message", [("short", "IncompleteRead"), ("other", f"expected {SHA256}"),
+@pytest.mark.parametrize("kind, message", [("short", "only 18 of 36 bytes came"), ("other", f"expected {SHA256}"),
                                            ("none", "HTTP Error 404")])
 def test_anything_else_leaves_no_file_and_is_explained(server, tmp_path, kind, message):
     address, path = f"{server}/{kind}/split.json", tmp_path / "split.json"
@@ -200,7 +199,7 @@ def test_the_tree_that_is_expected(name, lines):
     assert tree(name, "/root") == lines
 
 
-# ---- a whole data set ----------------------------------------------------------------------------------------
+# ---- a whole dataset ----------------------------------------------------------------------------------------
 
 SPLIT = b'{"train": [["a/0.jpg", 0, "a"]], "val": [], "test": [["a/1.jpg", 0, "a"]]}'
 
@@ -233,7 +232,8 @@ def test_a_failure_of_torchvision_shows_the_tree(made_up, tmp_path, monkeypatch,
 
     monkeypatch.setattr(torchvision.datasets, "EuroSAT", fail)
     status, _ = run(monkeypatch, capsys, "--dataset", "eurosat", "--data-root", tmp_path, "--download")
-    assert "eurosat: torchvision could not download the pictures: File not found or corrupted.\nexpected:" in status
+    assert f"eurosat: torchvision could not download the pictures from {download.HOSTS['eurosat']}: " in status
+    assert ": File not found or corrupted.\nexpected:" in status
 
 
 def test_a_disk_that_is_full_while_torchvision_works_shows_the_tree(made_up, tmp_path, monkeypatch, capsys):
@@ -242,7 +242,7 @@ def test_a_disk_that_is_full_while_torchvision_works_shows_the_tree(made_up, tmp
 
     monkeypatch.setattr(torchvision.datasets, "EuroSAT", fail)
     status, _ = run(monkeypatch, capsys, "--dataset", "eurosat", "--data-root", tmp_path, "--download")
-    assert "could not download the pictures: no space left\nexpected:" in status
+    assert "/eurosat: no space left\nexpected:" in status
 
 
 def test_lists_go_where_torchvision_puts_the_pictures(server, tmp_path, monkeypatch, capsys):
@@ -394,3 +394,33 @@ def test_the_command_checks_a_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == (f"folder in {tmp_path}/mine: 2 classes\ntrain: 4 images, 2 to 2 per class\nval: 0 images\n"
                            "test: 4 images, 2 to 2 per class\nall as expected\n")
+
+
+# ---- bounds --------------------------------------------------------------------------------------------------
+
+def test_a_list_that_is_too_large_is_cut_off(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "LIST_LIMIT", 5)
+    with pytest.raises(OSError, match="good/split.json: OSError: more than the 5 bytes .*\nfetch it on another"):
+        fetch([f"{server}/good/split.json"], tmp_path / "split.json", SHA256)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_write_that_fails_leaves_no_part(server, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(download.os, "replace", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        fetch([f"{server}/good/split.json"], tmp_path / "split.json", SHA256)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failed_download_does_not_advise_itself(made_up, tmp_path, monkeypatch, capsys):
+    def fail(root, download):
+        raise OSError("<urlopen error [Errno -2] Name or service not known>")
+
+    monkeypatch.setattr(torchvision.datasets, "EuroSAT", fail)
+    status, _ = run(monkeypatch, capsys, "--dataset", "eurosat", "--data-root", tmp_path, "--download")
+    assert "--download" not in status and "from huggingface.co/datasets/torchgeo/eurosat: <urlopen" in status
+    assert "fetch the files on another machine and put them there" in status
+    assert {*download.HOSTS} == {*download.TORCHVISION}

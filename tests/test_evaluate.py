@@ -161,7 +161,7 @@ def test_a_run_is_tested_in_the_precision_that_it_was_trained_in(options, tmp_pa
 def test_a_precision_that_the_device_lacks_becomes_float32_and_is_said(trained, tmp_path, capsys):
     config = {**read(trained)[2]["config"], "amp": "fp16"}
     command(copy(trained, tmp_path, config=config), "--device", "cpu")
-    assert "was tested in fp16, which needs a GPU; here it is tested in float32" in capsys.readouterr().out
+    assert "was trained in fp16, which needs a GPU; it is tested in float32" in capsys.readouterr().out
     assert json.loads((tmp_path / "evaluation.json").read_text())["precision"] == "float32"
 
 
@@ -373,7 +373,7 @@ def test_a_table_of_nothing_says_so(tmp_path, capsys):
     assert table_1["eurosat"] == ["48.3", "84.9", "90.1", "91.7"] and "nothing ran yet" in printed
 
 
-# Table 1 and Table 4 as printed, typed a second time: the data set's column of Table 1 (CLIP, CoOp, GalLoP, SOT-GLP),
+# Table 1 and Table 4 as printed, typed a second time: the dataset's column of Table 1 (CLIP, CoOp, GalLoP, SOT-GLP),
 # and CoOp, GalLoP, SOT-GLP at 1 and 8 shots of Table 4.
 PRINTED = {
     "imagenet": (66.7, 71.7, 75.1, 75.5, 66.5, 70.8, 71.0, 73.8, 71.2, 74.3),

@@ -25,15 +25,16 @@ from clip import loader
 # ---- files
 
 def small_clip():
-    """16 patches, one block of width 64 on each side, 20 tokens, values that float16 holds exactly."""
-    model = clip.CLIP(8, 32, 8, 64, 1, 77, 20, 64, 1)
+    """16 patches, one block of width 64 on each side, 20 tokens with a value, values that float16 holds exactly."""
+    model = clip.CLIP(8, 32, 8, 64, 1, 77, 49408, 64, 1)
     for name, p in model.named_parameters():
         p.data = torch.randn(p.shape).half().float()
+    model.token_embedding.weight.data[20:] = 0                          # quickly compressed
     return model
 
 
 def bookkeeping():
-    return {"input_resolution": torch.tensor(32), "context_length": torch.tensor(77), "vocab_size": torch.tensor(20)}
+    return {"input_resolution": torch.tensor(32), "context_length": torch.tensor(77), "vocab_size": torch.tensor(49408)}
 
 
 def save(state, path):
@@ -193,6 +194,65 @@ def test_truncated_and_damaged_files_are_refused(ending, tmp_path, monkeypatch):
     for data in (whole[: len(whole) // 2], whole[:-30], whole[:100], b"", b"junk" * 100, b"PK\x03\x04 and no more"):
         path.write_bytes(data)
         refuse(path)
+
+
+@pytest.mark.parametrize("form", ["gzipped", "deflated", "archive"])
+def test_a_file_that_unpacks_to_too_much_is_refused(form, tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "LIMIT", 100_000)
+    path = tmp_path / "bomb.pt"
+    if form == "gzipped":
+        path.write_bytes(gzip.compress(bytes(10**7)))
+    else:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("bomb/data/0", bytes(10**7))
+            archive.writestr("bomb/constants.pkl" if form == "archive" else "bomb/version", b"")
+    assert path.stat().st_size < 20_000
+    with pytest.raises(ValueError, match="bomb.pt: .*it unpacks to .* than 100000"):
+        clip.load(path)
+
+
+def test_a_storage_that_is_named_again_is_read_once(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Parameter(torch.randn(6))
+            self.register_buffer("two", self.one.data[2:])
+
+        def forward(self, x):
+            return x + self.one.sum() + self.two.sum()
+
+    state = loader.read_state_dict(save_archive(Twice(), tmp_path / "twice.pt"))
+    assert state["one"].untyped_storage().data_ptr() == state["two"].untyped_storage().data_ptr()
+    assert torch.equal(state["two"], state["one"][2:])
+
+
+@pytest.mark.parametrize("ending", [".pt", ".archive.pt"])
+def test_a_single_changed_bit_is_noticed(ending, tmp_path):
+    path = tmp_path / f"clip{ending}"
+    clip_archive(small_clip(), path) if ending == ".archive.pt" else save(small_clip().state_dict(), path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        clip.load(path)
+
+
+def pickled(function_state):
+    """A pickle that asks for _rebuild_tensor_v2 and BUILDs a state on it."""
+    return b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n" + pickle.dumps(function_state, 2)[2:-1] + b"b."
+
+
+@pytest.mark.parametrize("state", [{"__doc__": "changed"}, (None, {"__doc__": "changed"})], ids=["dict", "slots"])
+def test_a_pickle_cannot_change_the_reader(state, tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("a/data.pkl", pickled(state))
+        archive.writestr("a/constants.pkl", b"")
+    def known():
+        return [(value, getattr(value, "__doc__", None)) for value in loader.ArchiveReader.known.values()]
+
+    before = known()
+    refuse(tmp_path / "a.pt")
+    assert known() == before
 
 
 # ---- files of other things
@@ -399,6 +459,36 @@ def test_without_a_connection_the_error_says_where_to_put_the_file(publish, tmp_
         clip.load("ViT-B/16")
 
 
+def test_a_cache_that_cannot_be_made_is_explained_too(publish, tmp_path, monkeypatch):
+    publish(b"weights")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CLIP_CACHE", str(tmp_path / "file/cache"))
+    with pytest.raises(ConnectionError, match="cannot download http.* put it there"):
+        clip.load("ViT-B/16")
+
+
+def test_a_server_that_sends_too_much_is_cut_off(publish, tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "DOWNLOAD_LIMIT", 1000)
+    server = publish(bytes(2000))
+    with pytest.raises(ConnectionError, match=f"cannot download {server.url} to .*more than the 1000 bytes"):
+        clip.load("ViT-B/16")
+    assert cached(tmp_path) == []
+
+
+def test_a_server_that_drips_is_left(monkeypatch):
+    # a byte per call, 20 s apart: after 3 bytes and 60 s it is slower than 1000 bytes per second
+    class Drip:
+        headers = {"Content-Length": "1000000"}
+
+        def read1(self, n):
+            return b"x"
+
+    clock = iter(range(0, 10**6, 20))
+    monkeypatch.setattr(loader.time, "monotonic", lambda: next(clock))
+    with pytest.raises(TimeoutError, match="only [0-9]+ bytes came in [0-9]+ s"):
+        list(loader.chunks(Drip(), 10**9))
+
+
 def test_an_interrupted_download_leaves_nothing(publish, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -432,6 +522,14 @@ def test_only_a_published_archive_may_run_when_the_reader_fails(tmp_path, monkey
         clip.load(path)
     monkeypatch.setitem(loader.PUBLISHED, "ViT-B/16", f"https://example.org/{loader.sha256(path)}/clip.pt")
     assert same(clip.load(path)[0], model)
+
+
+def test_a_published_file_that_nobody_can_read_is_one_error(tmp_path, monkeypatch):
+    path = tmp_path / "clip.pt"
+    path.write_bytes(b"neither nor")
+    monkeypatch.setitem(loader.PUBLISHED, "ViT-B/16", f"https://example.org/{loader.sha256(path)}/clip.pt")
+    with pytest.raises(ValueError, match="clip.pt is OpenAI's file, but neither this program nor torch can read it"):
+        clip.load(path)
 
 
 def test_a_published_archive_is_run_without_a_warning(tmp_path, monkeypatch):

@@ -34,8 +34,8 @@ def test_vv_attention_by_hand():
 # ---- both towers, written out from their weights ---------------------------------------------------------------
 
 def uneven_clip():
-    """A CLIP of towers that differ in width (one head, three heads) and depth; 9 patches, 12 tokens, 100 words."""
-    model = CLIP(24, 24, 8, 64, 1, 12, 100, 192, 3)
+    """A CLIP of towers that differ in width (one head, three heads) and depth; 9 patches, 12 tokens."""
+    model = CLIP(24, 24, 8, 64, 1, 12, 49408, 192, 3)
     for name, p in model.named_parameters():
         p.data = ("ln_" in name and name.endswith("weight")) + 0.1 * torch.randn(p.shape)
     return model
@@ -182,7 +182,7 @@ def test_state_dict_builds_the_model_it_came_from(clip_model):
 
 def test_every_size_is_read_from_the_weights():
     # 11 and 1 blocks: "1" and "10" begin alike
-    for model in (uneven_clip(), CLIP(8, 48, 16, 64, 11, 9, 10, 128, 1)):
+    for model in (uneven_clip(), CLIP(8, 48, 16, 64, 11, 9, 49408, 128, 1)):
         state = {name: torch.randn(tensor.shape) for name, tensor in model.state_dict().items()}
         built = build_model(state)
         assert [len(t.resblocks) for t in (built.visual.transformer, built.transformer)] == \
@@ -218,7 +218,36 @@ def test_matrices_in_half_precision_give_nearly_the_same_features(clip_model):
         assert F.cosine_similarity(found.float(), expected, dim=-1).min() > 0.99
 
 
+def cut(name, *shape):
+    return lambda s: s.update({name: torch.zeros(shape)})
+
+
 @pytest.mark.parametrize("change, complaint", [
+    (lambda s: s.update(logit_scale=3), "'logit_scale' is int, expected a dense tensor"),
+    (lambda s: s.update(logit_scale=None), "'logit_scale' is NoneType"),
+    (lambda s: s.update(input_resolution="224"), "'input_resolution' is str"),
+    (lambda s: s.update({7: torch.zeros(1)}), "named by strings, found 7"),
+    (lambda s: s.update(logit_scale=torch.zeros([], device="meta")), "'logit_scale' is .* on meta"),
+    (lambda s: s.update(text_projection=s["text_projection"].to_sparse()), "'text_projection' is a sparse_coo tensor"),
+    (lambda s: s.update(text_projection=s["text_projection"].to(torch.complex64)), "complex64"),
+    (lambda s: s.update(logit_scale=torch.tensor(True)), "bool"),
+    (lambda s: s.update(text_projection=torch.zeros(1).expand(10**13)), "of 40000000000000 bytes, but 4 bytes"),
+    (cut("token_embedding.weight"), "no CLIP with a vision transformer"),
+    (cut("positional_embedding"), "no CLIP with a vision transformer"),
+    (cut("visual.positional_embedding"), "no CLIP with a vision transformer"),
+    (cut("visual.conv1.weight", 64, 3, 0, 0), "the patch size is 0, expected at least 1"),
+    (cut("visual.conv1.weight", 80, 3, 8, 8), "the width is 80, expected a multiple of 64"),
+    (cut("visual.conv1.weight", 0, 3, 8, 8), "the width is 0, expected a multiple of 64"),
+    (cut("visual.positional_embedding", 9, 64), "the token count is 9, expected 1 . a square"),
+    (cut("visual.positional_embedding", 1, 64), "the token count is 1, expected 1 . a square"),
+    (cut("text_projection", 100, 24), "text_projection: the width is 100, expected a multiple of 64"),
+    (cut("text_projection", 192, 0), "the joint width is 0, expected at least 1"),
+    (cut("positional_embedding", 1, 192), "the context length is 1, expected at least 2"),
+    (cut("token_embedding.weight", 100, 192), "the vocabulary is 100, expected 49408"),
+    (lambda s: [s.pop(k) for k in [*s] if k.startswith("visual.transformer")], "visual.transformer.* are none"),
+    (lambda s: [s.update({k.replace("blocks.2", "blocks.7"): s.pop(k)}) for k in [*s] if ".2." in k],
+     "the blocks of transformer.resblocks. are 0, 1, 7, expected 0, 1, 2"),
+    (lambda s: s["ln_final.bias"].fill_(math.nan), "ln_final.bias has values that are not finite"),
     (lambda s: s.pop("visual.ln_post.bias"), "missing visual.ln_post.bias"),
     (lambda s: s.update(extra=torch.zeros(1)), "unexpected extra"),
     (lambda s: s.update(logit_scale=torch.zeros(2)), r"logit_scale is \(2,\), expected \(\)"),
@@ -236,3 +265,10 @@ def test_wrong_weights_are_named(change, complaint):
     change(state)
     with pytest.raises(ValueError, match=complaint):
         build_model(state)
+
+
+def test_weights_that_take_too_much_are_refused(monkeypatch):
+    # one storage under 60 names: 60 times its bytes once it is a model
+    monkeypatch.setattr("clip.model.LIMIT", 59 * 400)
+    with pytest.raises(ValueError, match="these weights take 24000 bytes, more than 23600"):
+        build_model(dict.fromkeys(map(str, range(60)), torch.zeros(100)))

@@ -314,12 +314,13 @@ def printed_row(line):
     return {name: {"fpr95": fpr, "auroc": auc} for name, fpr, auc in pairs}
 
 
-CONFIG = dict(dataset="imagenet", model="ViT-B/16", no_vv=False, no_local_projection=False, shared_local=False)
+CONFIG = dict(dataset="imagenet", model="ViT-B/16", shots=16, no_vv=False, no_local_projection=False,
+              shared_local=False)
 
 
 @pytest.mark.parametrize("changes, line", [
     ({}, "SOT-GLP"), ({"no_vv": True}, "w/o V-V"), ({"no_local_projection": True}, "w/o Proj"),
-    ({"shared_local": True}, ""), ({"no_vv": True, "no_local_projection": True}, ""),
+    ({"shared_local": True}, ""), ({"no_vv": True, "no_local_projection": True}, ""), ({"shots": 8}, ""),
     ({"no_vv": True, "shared_local": True}, "")])
 def test_the_papers_numbers_stand_beside_what_they_belong_to(changes, line):
     rows = {"zero_shot_mcm": printed_row("CLIP (MCM)"), "zero_shot_gl_mcm": printed_row("CLIP (GL)")}

@@ -45,11 +45,13 @@ def test_what_is_not_given_follows_from_the_rest(arguments, field, value, monkey
     assert getattr(script.parse_args([*arguments]), field) == value
 
 
-@pytest.mark.parametrize("cpus, processes, workers", [(64, "1", 8), (12, "4", 3), (2, "4", 0)])
+@pytest.mark.parametrize("cpus, processes, workers", [(64, "1", 8), (12, "4", 3), (2, "4", 0), (9, None, 8)])
 def test_workers_share_the_processors(cpus, processes, workers, monkeypatch):
     # up to 8, and no more than processors / processes
     monkeypatch.setattr(script.os, "cpu_count", lambda: cpus)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     assert script.parse_args(["--device", "cuda"]).workers == workers
 
 
@@ -266,7 +268,7 @@ def test_training_says_what_it_uses_and_how_it_goes(options, clip_file, tmp_path
 # ---- what a run writes ---------------------------------------------------------------------------------------
 
 def test_a_run_writes_what_is_needed_to_read_it(trained, options):
-    assert {p.name for p in trained.iterdir()} == {"log.jsonl", "last.pt", "result.json", "per_class.csv"}
+    assert {p.name for p in trained.iterdir()} == {"log.jsonl", "last.pt", "result.json", "per_class.csv", "lock"}
     result, log, checkpoint = read(trained)
     assert {"accuracy", "global_accuracy", "local_accuracy", "zero_shot_accuracy", "seconds", "versions"} <= set(result)
     facts = {"test_images": 7, "train_images": 9, "world_size": 1, "threads": 1, "dataset": "folder", "shots": 3,
@@ -279,7 +281,7 @@ def test_a_run_writes_what_is_needed_to_read_it(trained, options):
     assert (checkpoint["epoch"], checkpoint["clip_sha256"]) == (3, clip.weights_hash(random_clip_of_the_file()))
     versions = {"python", "torch", "torchvision", "numpy", "cuda", "gpu"}
     assert set(result["versions"]) == versions and result["versions"]["torch"] == torch.__version__
-    assert set(result["config"]) == set(vars(script.parse_args([]))) - {"resume"}
+    assert set(result["config"]) == set(vars(script.parse_args([]))) - {"resume", "overwrite"}
 
 
 def test_a_split_file_that_is_not_published_is_noted(options, tmp_path, monkeypatch, capsys):
@@ -293,18 +295,19 @@ def test_what_an_earlier_run_left_in_the_folder_is_not_taken_for_this_ones(optio
     (tmp_path / "evaluation.json").write_text("{}")
     (tmp_path / "log.jsonl").write_text("{}\n{}\n")
     train(*options, "--epochs", 1, "--output-dir", tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"log.jsonl", "last.pt", "result.json", "per_class.csv"}
+    assert {p.name for p in tmp_path.iterdir()} == {"log.jsonl", "last.pt", "result.json", "per_class.csv", "lock"}
     assert len(read(tmp_path)[1]) == 1
 
 
 # ---- interruption and resumption -----------------------------------------------------------------------------
 
 def stop_after(epoch, monkeypatch, *options):
-    """A run that ends like a killed one: its line of the next epoch stands in the log, its checkpoint does not."""
+    """A run that ends like a killed one, while it saves the checkpoint of the next epoch."""
     original = torch.save
 
     def save(state, path):
         if state["epoch"] > epoch:
+            path.write_bytes(b"half")
             raise Stop
         original(state, path)
 
@@ -316,8 +319,8 @@ def stop_after(epoch, monkeypatch, *options):
 def test_a_resumed_run_ends_as_an_undisturbed_one(trained, options, tmp_path, monkeypatch):
     options = (*options, "--output-dir", tmp_path)
     stop_after(2, monkeypatch, *options)
-    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3 and not (tmp_path / "result.json").exists()
-    assert {p.name for p in tmp_path.iterdir()} == {"log.jsonl", "last.pt"}                  # no half-written file
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+    assert {p.name for p in tmp_path.iterdir()} == {"log.jsonl", "last.pt", "lock"}          # no half-written file
     train(*options, "--resume")
     (whole, log_whole, last_whole), (result, log, last) = read(trained), read(tmp_path)
     fields = ("epoch", "loss", "global_loss", "local_loss", "train_accuracy", "lr", "row_error")
@@ -355,7 +358,7 @@ def test_resume_refuses_a_checkpoint_of_something_else(name, value, complaint, t
 @pytest.mark.parametrize("option, complaint", [
     (("--batch-size", 0), "--batch-size 0"), (("--amp", "fp16"), "fp16 needs a GPU"),
     (("--n-support", 17), "keep 17 of 16 patches"), (("--epsilon", 0), "--epsilon must be positive"),
-    (("--prompt-dropout", 1.1), "--prompt-dropout lie in"), (("--prompt-dropout", -0.1), "--prompt-dropout lie in"),
+    (("--prompt-dropout", 1.1), "--prompt-dropout lie in"), (("--prompt-dropout", -0.1), "--prompt-dropout must be"),
     (("--shots", 5), "has 4 images, fewer than the 5 shots"),
     *(((f"--{name}", 0), f"--{name} must be at least 1, got 0") for name in
       ("epochs", "n-global", "n-local", "n-support", "n-iters", "shots", "text-chunk"))])
@@ -387,7 +390,7 @@ def test_fewer_images_than_processes_are_refused():
 
 
 def test_a_loss_that_is_no_number_stops_the_run(options, tmp_path):
-    with pytest.raises(RuntimeError, match="epoch 2: loss nan .global nan, local nan.: try a smaller --lr"):
+    with pytest.raises(SystemExit, match="epoch 2: loss nan .global nan, local nan.: try a smaller --lr"):
         train(*options, "--lr", 1e30, "--batch-size", 9, "--output-dir", tmp_path)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 1 and not (tmp_path / "result.json").exists()
 

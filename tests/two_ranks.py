@@ -67,6 +67,7 @@ def main(folder, address, missing, *options):
 
     import train
     train.main(train.parse_args([*options, "--output-dir", f"{folder}/run"]))
+    train.main(train.parse_args([*options, "--cache-features", "--epochs", "1", "--output-dir", f"{folder}/cached"]))
 
 
 if __name__ == "__main__":
