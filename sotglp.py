@@ -257,6 +257,7 @@ class SOTGLP(nn.Module):
       draw(n_images, generator)            train.py: random choices of a step, a row for each image, or None
       forward(images, drawn, texts)        outputs, a tuple of tensors, batch first. images: (B, 3, R, R), or the tuple
                                            that `clip.encode_patches` made of them; texts: from `encode_prompts()`
+      encode(prompts, suffix="")           a ClassTexts, in which the text work of every method is done
       encode_prompts()                     evaluate.py, ood.py: the texts, computed once
       loss(outputs, labels, n_batch)       train.py: this process's part of the loss of n_batch images, {term: its part}
       scores(outputs)                      {name: (B, C)}; the first one decides

@@ -414,10 +414,10 @@ def plain_memory_error(model):
     try:
         yield
     except torch.OutOfMemoryError as error:
-        C, prompts = len(model.class_names), sum(p.shape[-3] for p in (model.global_prompts, model.local_prompts))
-        raise MemoryError(f"out of GPU memory: the text tower encodes {C} classes x {prompts} prompts in each step. "
-                          "--checkpoint-text with a smaller --text-chunk helps, or more GPUs; a smaller batch does not"
-                          ) from error
+        prompts = sum(p.shape[-3] for name, p in model.learned_state().items() if name.endswith("prompts"))
+        raise MemoryError(f"out of GPU memory: the text tower encodes {len(model.class_names)} classes x {prompts} "
+                          "prompts in each step. --checkpoint-text with a smaller --text-chunk helps, or more GPUs; "
+                          "a smaller batch does not") from error
 
 
 def report_finished(run):
