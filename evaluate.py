@@ -124,10 +124,9 @@ def load_run(run, device="cpu"):
     return runs.open_run(run, device)[1]
 
 
-def evaluate_run(run, device, data_root=None, workers=0):
+def evaluate_run(run, checkpoint, device, data_root=None, workers=0):
     """Scores a run on its own test split in its own precision -> the fields that evaluation.json gets."""
     start = time.time()
-    checkpoint = runs.read_checkpoint(run)
     config = checkpoint["config"]
     _, _, items, class_names = data.load(config["dataset"], data_root or config["data_root"], config["shots"],
                                          config["split_seed"], config["sampler"])
@@ -250,12 +249,12 @@ def mean_and_spread(values, digits=2):
 
 def report_runs(args):
     """Each run's accuracies; for several also mean and standard deviation."""
-    first, *others = [runs.read_checkpoint(run) for run in args.runs]
-    for run, other in zip(args.runs[1:], others):
-        runs.check_kind(args.runs[0], first, run, other)
+    checkpoints = [runs.read_checkpoint(run) for run in args.runs]
+    for run, checkpoint in zip(args.runs, checkpoints):
+        runs.check_kind(args.runs[0], checkpoints[0], run, checkpoint)
     results = []
-    for run in args.runs:
-        results.append(evaluate_run(run, args.device, args.data_root, args.workers))
+    for run, checkpoint in zip(args.runs, checkpoints):
+        results.append(evaluate_run(run, checkpoint, args.device, args.data_root, args.workers))
         print(f"{run}: {accuracies_line(results[-1])}, {results[-1]['precision']}", flush=True)
     if len(results) > 1:
         for field in (name for name in results[0] if name.endswith("accuracy")):

@@ -28,6 +28,7 @@ import numpy
 import torch
 import torchvision
 
+from clip.loader import check_archive
 from sotglp import SOTGLP
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -59,10 +60,11 @@ def build(run, checkpoint, device="cpu"):
     return model.eval()
 
 
+# Options of train.py that the model takes under the same name, and those that switch off what it has by default.
 SAME = ("n_global", "n_local", "n_support", "epsilon", "n_iters", "lambda_local", "prompt_dropout", "text_chunk",
         "checkpoint_text")
 SWITCHES = {"no_local_projection": "local_projection", "no_vv": "vv_attention", "shared_local": "class_specific",
-            "no_plan_gradient": "plan_gradient"}     # option of train.py: what it switches off
+            "no_plan_gradient": "plan_gradient"}
 
 
 def make_model(clip_model, class_names, config, ranks=(0, 1)):
@@ -98,18 +100,17 @@ def read_checkpoint(run):
                                 "runs/critters-16shot-seed1")
     try:
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip():                       # why: torch does not compare the checksums, and would read a
-                raise ValueError("wrong checksum")      # changed number as if nothing had happened
+            check_archive(archive)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # why so broad: in a damaged file zipfile, pickle and torch can trip over anything
         raise ValueError(f"{path} is damaged: it cannot be read ({type(error).__name__}); the run must start anew, "
                          "with --overwrite") from error
-    wrong = [name for name, kind in CHECKPOINT.items() if not isinstance(checkpoint, dict)
-             or not isinstance(checkpoint.get(name), kind)]
+    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
+    wrong = [name for name, kind in CHECKPOINT.items() if not isinstance(checkpoint.get(name), kind)]
     if not wrong:
-        kinds = {"learned": torch.Tensor, "class_names": str, "log": dict}
-        parts = {name: checkpoint[name].values() if name == "learned" else checkpoint[name] for name in kinds}
-        wrong = [name for name, kind in kinds.items() if not all(isinstance(part, kind) for part in parts[name])]
+        parts = {"learned": (checkpoint["learned"].values(), torch.Tensor), "log": (checkpoint["log"], dict),
+                 "class_names": (checkpoint["class_names"], str)}
+        wrong = [name for name, (values, kind) in parts.items() if not all(isinstance(v, kind) for v in values)]
         options = (*SAME, *SWITCHES, "dataset", "model", "data_root", "shots", "seed", "split_seed", "sampler", "amp")
         wrong += [f"option {name}" for name in options if name not in checkpoint["config"]]
     if wrong:

@@ -92,7 +92,7 @@ def parse_args(argv=None):
                              "(--data-root, --device and --workers may be given anew)")
     either.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
     args = parser.parse_args(argv)
-    if args.resume not in (True, False):
+    if isinstance(args.resume, str):
         with runs.plain_errors():
             config = runs.read_checkpoint(args.resume)["config"]
         args = parser.parse_args(argv, argparse.Namespace(**{**config, "output_dir": args.resume}))
@@ -356,7 +356,7 @@ def epoch_means(run, sums, names):
 
 
 def finish_epoch(run, epoch, fields):
-    """A line in the log and on the screen, then last.pt. Raises RuntimeError on a loss that is not a number."""
+    """A line in the log and on the screen, then last.pt. Raises ValueError on a loss that is not a number."""
     fields = {"epoch": epoch + 1, **fields}
     terms = ", ".join(f"{name.removesuffix('_loss')} {value:.4f}" for name, value in fields.items()
                       if name.endswith("_loss"))

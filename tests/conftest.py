@@ -5,6 +5,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,14 @@ def read(folder):
     """What a run wrote: result.json, the lines of log.jsonl, last.pt."""
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return json.loads((folder / "result.json").read_text()), log, torch.load(folder / "last.pt", weights_only=True)
+
+
+def copy(run, folder, **changes):
+    """A run of one's own in a folder, with another checkpoint where changes say so."""
+    shutil.copytree(run, folder, dirs_exist_ok=True)
+    if changes:
+        torch.save({**read(run)[2], **changes}, folder / "last.pt")
+    return folder
 
 
 # ---- the commands

@@ -11,11 +11,10 @@ from PIL import Image
 from torch import nn
 
 import clip
-import data
 import evaluate
 import runs
 import sotglp
-from conftest import read, train
+from conftest import copy, read, train
 
 
 def command(*arguments):
@@ -170,14 +169,6 @@ def test_the_precision_is_that_of_matrix_products():
     for amp, dtype in (("off", torch.float32), ("bf16", torch.bfloat16)):
         with runs.autocast(amp, "cpu"):
             assert (a @ a).dtype == dtype
-
-
-def copy(run, folder, **changes):
-    """A run of one's own in a folder, with another checkpoint where changes say so."""
-    for path in run.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    torch.save({**read(run)[2], **changes}, folder / "last.pt")
-    return folder
 
 
 def test_loaded_run_is_ready_to_use(trained):

@@ -21,7 +21,7 @@ import evaluate
 import ood
 import runs
 import train as script
-from conftest import COLOURS, random_clip, read, run, train
+from conftest import COLOURS, copy, random_clip, read, run, train
 
 
 def command(module, *arguments):
@@ -35,14 +35,6 @@ def error_of(action, *arguments):
         action(*arguments)
     assert "\n" not in str(stop.value) and str(stop.value).startswith("error: ")
     return str(stop.value)
-
-
-def copy(run, folder, **changes):
-    """A run of one's own in a folder, with another checkpoint where changes say so."""
-    shutil.copytree(run, folder, dirs_exist_ok=True)
-    if changes:
-        torch.save({**read(run)[2], **changes}, folder / "last.pt")
-    return folder
 
 
 def everything(folder):
