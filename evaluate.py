@@ -107,6 +107,19 @@ def write_per_class(path, class_names, counts):
     runs.write_whole(path, write)
 
 
+def report(folder, model, counts, config, started, **more):
+    """Writes result.json and per_class.csv of a run that began at `started`, and prints the accuracies."""
+    figures = {**percentages(counts), "test_images": int(counts.seen.sum()),
+               "learned_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+               "threads": torch.get_num_threads(), "precision": runs.precision(config["amp"]),
+               "seconds": round(time.time() - started, 1), **more}
+    named = {name: config[name] for name in ("method", "dataset", "model", "shots", "seed", "split_seed")}
+    write_per_class(folder / "per_class.csv", model.class_names, counts)
+    runs.write_json(folder / "result.json", {**figures, **named, "config": config, "versions": runs.versions()})
+    written = [name for name in ("result.json", "per_class.csv", "log.jsonl", "last.pt") if (folder / name).exists()]
+    print(f"{accuracies_line(figures)}, {figures['seconds']:.0f} s\nwrote {folder}/{', '.join(written)}")
+
+
 def accuracies_line(result):
     """The accuracies of a run as one line of text."""
     others = ", ".join(f"{name.removesuffix('_accuracy').replace('_', '-')} {value:.2f}"
@@ -139,7 +152,7 @@ def evaluate_run(run, checkpoint, device, data_root=None, workers=0):
         model.clip.store_matrices(runs.HALF[amp])
     counts = test(model, items, config["dataset"], amp, workers)
     result = {**percentages(counts), "test_images": int(counts.seen.sum()), "epoch": checkpoint["epoch"],
-              **{name: config[name] for name in ("dataset", "model", "shots", "seed")},
+              **{name: config[name] for name in ("method", "dataset", "model", "shots", "seed")},
               "precision": runs.precision(amp), "seconds": round(time.time() - start, 1)}
     runs.write_json(Path(run) / "evaluation.json", result)
     write_per_class(Path(run) / "evaluation.csv", class_names, counts)
@@ -182,13 +195,15 @@ def paper_numbers():
 def our_numbers(folder):
     """{(dataset, shots, "ours"): accuracies over seeds} of the finished runs below a folder, and notes on them.
 
-    A run with other options than the first one of its dataset and shots, or with a repeated seed, is left out by name.
+    The methods other than SOT-GLP are called "our <method>". A run with other options than the first one of its method,
+    dataset and shots, or with a repeated seed, is left out by name.
     why: an ablation must not be averaged in.
     """
     numbers, first, seeds, notes = {}, {}, set(), []
     for run in runs.finished_runs(folder):
         result = runs.read_result(run)
-        key = (result["dataset"], result["shots"], "ours")
+        method = result["config"]["method"]
+        key = (result["dataset"], result["shots"], "ours" if method == "sotglp" else f"our {method}")
         config = first.setdefault(key, result["config"])
         seed = {name: result[name] for name in ("seed", "split_seed")}
         differs = runs.changes({**config, **seed}, result["config"])
@@ -205,34 +220,35 @@ def our_numbers(folder):
 def print_tables(folder):
     """Tables 1 and 4 with ours beside the paper's numbers, blank where nothing ran; also table.csv in the folder."""
     ours, notes = our_numbers(folder)
+    our_methods = list(dict.fromkeys(["ours", *(method for _, _, method in ours)]))
     numbers = paper_numbers()
     datasets = list(dict.fromkeys(dataset for dataset, _, _ in numbers))
     numbers |= ours
     for shots in SHOTS:                                 # averages of every method, over the datasets alone that ran
-        ran = [dataset for dataset in datasets if (dataset, shots, "ours") in ours]
-        for method in dict.fromkeys((*TABLE_1, *TABLE_4, "ours")):
+        ran = [dataset for dataset in datasets if any((dataset, shots, method) in ours for method in our_methods)]
+        for method in dict.fromkeys((*TABLE_1, *TABLE_4, *our_methods)):
             values = [statistics.mean(numbers[d, shots, method]) for d in ran if (d, shots, method) in numbers]
             numbers |= {("average", shots, method): [statistics.mean(values)]} if values else {}
 
     def row(label, keys):
-        cells = [mean_and_spread(numbers.get(key, []), 2 if key[2] == "ours" else 1) for key in keys]
+        cells = [mean_and_spread(numbers.get(key, []), 2 if key[2] in our_methods else 1) for key in keys]
         print(f"{label:15s}" + "".join(f"{cell:>18s}" for cell in cells))
 
-    print("All columns but ours are the paper's printed numbers; averages are over the datasets that ran here.")
-    print("\nTable 1, 16 shots" + "".join(f"{name:>18s}" for name in (*TABLE_1, "ours"))[2:])
+    print("All columns but our own are the paper's printed numbers; averages are over the datasets that ran here.")
+    print("\nTable 1, 16 shots" + "".join(f"{name:>18s}" for name in (*TABLE_1, *our_methods))[2:])
     for dataset in (*datasets, "average"):
-        row(dataset, [(dataset, 16, method) for method in (*TABLE_1, "ours")])
+        row(dataset, [(dataset, 16, method) for method in (*TABLE_1, *our_methods)])
     print("\nTable 4, shots " + "".join(f"{shots:>18d}" for shots in SHOTS))
     for dataset in (*datasets, "average"):
         print(dataset)
-        for method in (*TABLE_4, "ours"):
+        for method in (*TABLE_4, *our_methods):
             row(f"  {method}", [(dataset, shots, method) for shots in SHOTS])
     print("\n" + "\n".join(notes or [f"no result.json below {folder}: nothing ran yet"]))
     with open(Path(folder) / "table.csv", "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["dataset", "shots", "method", "accuracy", "standard deviation", "runs"])
         for key, values in numbers.items():
-            mine = key[2] == "ours"
+            mine = key[2] in our_methods
             mean, _, sd = mean_and_spread(values, 2 if mine else 1).partition(" +- ")
             table.writerow([*key, mean, sd, len(values) if mine else ""])
 

@@ -182,10 +182,13 @@ def confidences(clip_model, images, text, model=None, prompts=None, temperature=
             "zero_shot_gl_mcm_vv": gl_mcm(cosines, project(vv, proj) @ text.T, *options)}
     if model:
         features = (cls, vv) if model.stream == "vv" else clip_model.encode_patches(images, model.stream)
-        cosines, patch_cosines = model.cosines(features, prompts)                       # (B, C), (B, P, C)
-        rows["mcm"] = mcm(cosines, temperature)
+        image_cosines, patch_cosines = model.cosines(features, prompts)                 # (B, C), (B, P, C)
+        if image_cosines is not None:
+            cosines, rows["mcm"] = image_cosines, mcm(image_cosines, temperature)
         if patch_cosines is not None:
-            rows |= {"l_mcm": l_mcm(patch_cosines, temperature), "gl_mcm": gl_mcm(cosines, patch_cosines, *options)}
+            rows["l_mcm"] = l_mcm(patch_cosines, temperature)
+        if image_cosines is not None and patch_cosines is not None:
+            rows["gl_mcm"] = gl_mcm(image_cosines, patch_cosines, *options)
     return rows, cosines.argmax(dim=1)
 
 
@@ -227,7 +230,7 @@ def paper_rows(config, sets):
     rows = {"zero_shot_mcm": "CLIP (MCM)", "zero_shot_gl_mcm": "CLIP (GL)"}
     variants = {(False, False, False): "SOT-GLP", (True, False, False): "w/o V-V", (False, True, False): "w/o Proj"}
     switches = tuple(config.get(name) for name in ("no_vv", "no_local_projection", "shared_local"))
-    if switches in variants and config["shots"] == 16:
+    if switches in variants and config["shots"] == 16 and config["method"] == "sotglp":
         rows["gl_mcm"] = variants[switches]
     return {row: {name: {"fpr95": fpr, "auroc": auc} for name, (fpr, auc) in zip((*BENCHMARK, "mean"), TABLE_3[line])}
             for row, line in rows.items()}
@@ -323,7 +326,7 @@ def main(args):
     runs.check_device(args.device)
     checkpoint = runs.read_checkpoint(args.run) if args.run else {"class_names": None, "config": {
         "dataset": args.dataset, "model": args.model or runs.default_model(args.dataset),
-        "data_root": data.default_root(), "shots": 0, "split_seed": 1, "sampler": "exact"}}
+        "data_root": data.default_root(), "method": "zero-shot", "shots": 0, "split_seed": 1, "sampler": "exact"}}
     config = checkpoint["config"]
     sets, class_names = find_pictures(args, config, checkpoint["class_names"])
     if args.csv:
@@ -336,7 +339,7 @@ def main(args):
     show(table, paper)
     if args.run:
         runs.write_json(Path(args.run) / "ood.json", {
-            "dataset": config["dataset"], "model": config["model"], "temperature": args.temperature,
+            **{name: config[name] for name in ("method", "dataset", "model")}, "temperature": args.temperature,
             "local_weight": args.local_weight, "images": {name: len(items) for name, items in sets.items()},
             "table": table, "paper_table_3": paper, "seconds": round(time.time() - start, 1)})
     if args.csv:

@@ -29,7 +29,7 @@ import torch
 import torchvision
 
 from clip.loader import check_archive
-from sotglp import SOTGLP
+from methods import METHODS, OPTIONS, SWITCHES
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # What a run writes beside last.pt, log.jsonl and lock.
@@ -60,17 +60,12 @@ def build(run, checkpoint, device="cpu"):
     return model.eval()
 
 
-# Options of train.py that the model takes under the same name, and those that switch off what it has by default.
-SAME = ("n_global", "n_local", "n_support", "epsilon", "n_iters", "lambda_local", "prompt_dropout", "text_chunk",
-        "checkpoint_text")
-SWITCHES = {"no_local_projection": "local_projection", "no_vv": "vv_attention", "shared_local": "class_specific",
-            "no_plan_gradient": "plan_gradient"}
-
-
 def make_model(clip_model, class_names, config, ranks=(0, 1)):
     """The model that a configuration (the options of train.py, as a dict) describes."""
-    return SOTGLP(clip_model, class_names, **{name: config[name] for name in SAME},
-                  **{argument: not config[option] for option, argument in SWITCHES.items()}, ranks=ranks)
+    options = {parameter: not config[option] if option in SWITCHES else config[option]
+               for option, (parameter, _) in OPTIONS[config["method"]].items()}
+    return METHODS[config["method"]](clip_model, class_names, **options, text_chunk=config["text_chunk"],
+                           checkpoint_text=config["checkpoint_text"], ranks=ranks)
 
 
 def restore(run, checkpoint, model, clip_sha256):
@@ -111,8 +106,15 @@ def read_checkpoint(run):
         parts = {"learned": (checkpoint["learned"].values(), torch.Tensor), "log": (checkpoint["log"], dict),
                  "class_names": (checkpoint["class_names"], str)}
         wrong = [name for name, (values, kind) in parts.items() if not all(isinstance(v, kind) for v in values)]
-        options = (*SAME, *SWITCHES, "dataset", "model", "data_root", "shots", "seed", "split_seed", "sampler", "amp")
-        wrong += [f"option {name}" for name in options if name not in checkpoint["config"]]
+        config = checkpoint["config"]
+        config.setdefault("method", "sotglp")              # a run from before the other methods names none
+        options = ["dataset", "model", "data_root", "shots", "seed", "split_seed", "sampler", "amp", "text_chunk",
+                   "checkpoint_text"]
+        if config["method"] in [*METHODS]:
+            options += OPTIONS[config["method"]]
+        else:
+            wrong += [f"known method, but {config['method']!r}"]
+        wrong += [f"option {name}" for name in options if name not in config]
     if wrong:
         raise ValueError(f"{path} is damaged, or is not a file of this program: it has no readable {', '.join(wrong)}")
     return checkpoint
@@ -134,6 +136,7 @@ def read_result(run):
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     if wrong:
         raise ValueError(f"{path} is damaged, or is not a file of this program: it has no {', '.join(wrong)}")
+    result["config"].setdefault("method", "sotglp")        # a run from before the other methods names none
     return result
 
 
@@ -144,9 +147,16 @@ def finished_runs(folder):
     return [path.parent for path in sorted(Path(folder).rglob("result.json"))]
 
 
-def holds_run(folder):
-    """Whether a run stands in this folder."""
-    return any((Path(folder) / name).exists() for name in ("last.pt", "result.json"))
+def folder_name(method, dataset, shots, seed):
+    """Where a run is written if nobody says otherwise."""
+    return f"runs/{method}-{dataset}-{shots}shot-seed{seed}".replace("/sotglp-", "/")
+
+
+def check_free(folder, allowed=False):
+    """Raises ValueError where a run stands in this folder already, unless it is allowed to."""
+    if not allowed and any((Path(folder) / name).exists() for name in ("last.pt", "result.json")):
+        raise ValueError(f"{folder} holds a run already: --resume goes on with it, --overwrite replaces it, and "
+                         "--output-dir names another folder")
 
 
 def lock(folder, patience=2.0):

@@ -244,14 +244,11 @@ class GatherShares(torch.autograd.Function):
 
 # ---- the model -----------------------------------------------------------------------------------------------
 
-class SOTGLP(nn.Module):
-    """A frozen CLIP, the prompts that are learned for it, and the learned map on its patch features.
+class Method(nn.Module):
+    """What SOT-GLP and the methods in methods/ have in common: a frozen CLIP, and the text work for its class names.
 
-    clip_model: a `clip.CLIP`; class_names: C strings, in the order of their labels. The options are the paper's; those
-    on text and ranks are explained in ClassTexts. Raises ValueError for a class name that is too long for the text
-    tower, and for more kept patches than the image tower has.
-
-    train.py, evaluate.py and ood.py use a method through these names alone; another method needs no base class:
+    texts: the options of ClassTexts. The scripts use a method through these names alone; the options of its constructor
+    are options of train.py:
       DEFAULTS                             train.py: the recipe, defaults of its options
       clip, class_names, stream            its CLIP; the names by label; which of CLIP's patch streams it reads
       draw(n_images, generator)            train.py: random choices of a step, a row for each image, or None
@@ -261,25 +258,61 @@ class SOTGLP(nn.Module):
       encode_prompts()                     evaluate.py, ood.py: the texts, computed once
       loss(outputs, labels, n_batch)       train.py: this process's part of the loss of n_batch images, {term: its part}
       scores(outputs)                      {name: (B, C)}; the first one decides
-      cosines(images, texts)               ood.py: raw cosines (B, C), and (B, P, C) or None
+      cosines(images, texts)               ood.py: raw cosines (B, C) or None, and (B, P, C) or None
       learned_state()                      the learned tensors by name, sharing the parameters' memory
       row_error                            train.py: a scalar for the log, which it sets to 0 before each epoch
+    """
+
+    def __init__(self, clip_model, class_names, **texts):
+        super().__init__()
+        self.clip, self.class_names = clip_model, list(class_names)
+        self.encode = ClassTexts(clip_model, self.class_names, **texts)
+        self.row_error = torch.zeros([])                   # the largest relative row error since it was last set to 0
+
+    @property
+    def scale(self):
+        """1/tau: CLIP's own temperature, read from its weights and frozen."""
+        return self.clip.logit_scale.float().exp()
+
+    def tokens(self, images):
+        """Images, or what `clip.encode_patches` made of them -> CLS (B, W), patches (B, P, W) of the frozen tower."""
+        if isinstance(images, tuple):
+            return images
+        with torch.no_grad():   # what is learned comes behind the tower
+            return self.clip.encode_patches(images, self.stream)
+
+    def word_vectors(self, words):
+        """The token vectors of some words, to start a prompt from: (M, W)."""
+        tokens = clip.tokenize(words)[0]
+        return self.clip.token_embedding.weight[tokens[1 : tokens.argmax()]]       # without [SOS] and [EOT]
+
+    def draw(self, n_images, generator=None):
+        """No random choices, unless a method has some."""
+
+    def learned_state(self):
+        """What is learned, by name: all that a checkpoint needs. Memory is the parameters'."""
+        return {name: p.detach() for name, p in self.named_parameters() if not name.startswith("clip.")}
+
+
+class SOTGLP(Method):
+    """The prompts that are learned for a frozen CLIP, and the learned map on its patch features.
+
+    clip_model: a `clip.CLIP`; class_names: C strings, in the order of their labels. The options are the paper's; texts
+    are those of ClassTexts. Raises ValueError for a class name that is too long for the text tower, and for more kept
+    patches than the image tower has.
     """
 
     DEFAULTS = {"lr": 0.05, "epochs": 50, "warmup_epochs": 5, "batch_size": 32, "weight_decay": 0.01}    # Sec. 4
 
     def __init__(self, clip_model, class_names, *, n_global=4, n_local=4, n_support=10, epsilon=0.1, n_iters=20,
                  lambda_local=0.25, prompt_dropout=0.75, local_projection=True, vv_attention=True, class_specific=True,
-                 plan_gradient=True, text_chunk=200, checkpoint_text=False, ranks=(0, 1)):
-        super().__init__()
-        self.clip, self.class_names = clip_model, list(class_names)
+                 plan_gradient=True, **texts):
+        super().__init__(clip_model, class_names, **texts)
         self.n_support, self.epsilon, self.n_iters, self.plan_gradient = n_support, epsilon, n_iters, plan_gradient
         self.lambda_local, self.prompt_dropout = lambda_local, prompt_dropout
         self.stream = "vv" if vv_attention else "qk"
-        self.encode = ClassTexts(clip_model, self.class_names, text_chunk, checkpoint_text, ranks)
 
-        words = clip.tokenize(TEMPLATE)[0]
-        template = clip_model.token_embedding.weight[words[1 : words.argmax()]]    # (M, W)
+        template = self.word_vectors(TEMPLATE)                                     # (M, W)
         M, W = template.shape
         # why here: what cannot work fails before training
         check_support(n_support, len(clip_model.visual.positional_embedding) - 1)
@@ -294,13 +327,7 @@ class SOTGLP(nn.Module):
         # Eq. 3: starts as the identity, so that training starts from CLIP's own patch features
         width = clip_model.visual.proj.shape[0]
         self.local_projection = nn.Parameter(torch.eye(width), requires_grad=local_projection)   # (W, W)
-        self.row_error = torch.zeros([])                   # the largest relative row error since it was last set to 0
         self.to(clip_model.logit_scale.device)
-
-    @property
-    def scale(self):
-        """1/tau: CLIP's own temperature, read from its weights and frozen."""
-        return self.clip.logit_scale.float().exp()
 
     def forward(self, images, drawn=None, texts=None):
         """Figure 1: images (B, 3, R, R) -> global logits (B, C), local logits (B, C).
@@ -309,7 +336,7 @@ class SOTGLP(nn.Module):
         keeps; where None, they are drawn in training mode, and all of them are used otherwise. texts: what
         `encode_prompts()` gave, so that evaluation encodes the texts once.
         """
-        image, patches = self.features(images)                                     # (B, D), (B, P, D)
+        image, patches = self.encode_images(images)                                # (B, D), (B, P, D)
         global_text, local_text = self.encode_prompts() if texts is None else texts   # (C, G, D), (C, L, D)
         if drawn is None and self.training:
             drawn = self.draw(len(image)).to(image.device)
@@ -319,18 +346,12 @@ class SOTGLP(nn.Module):
         self.note_row_error(plan)
         return global_scores, local_scores
 
-    def features(self, images):
-        """Images, or what `clip.encode_patches` made of them -> unit (B, D), (B, P, D)."""
-        return self.to_joint(*images) if isinstance(images, tuple) else self.encode_images(images)
-
     def encode_images(self, images):
-        """The two streams of the image tower in the joint space: images -> unit (B, D), (B, P, D).  Eq. 2-3"""
-        with torch.no_grad():   # the tower is frozen: what is learned comes behind it
-            cls, patches = self.clip.encode_patches(images, self.stream)           # (B, W), (B, P, W)
-        return self.to_joint(cls, patches)
+        """Both streams of the image tower in the joint space: unit (B, D), (B, P, D).  Eq. 2-3
 
-    def to_joint(self, cls, patches):
-        """CLS and patch tokens as unit vectors of the joint space: (B, W), (B, P, W) -> (B, D), (B, P, D).  Eq. 3"""
+        images (B, 3, R, R), or what `clip.encode_patches` made of them.
+        """
+        cls, patches = self.tokens(images)                                         # (B, W), (B, P, W)
         proj = self.clip.visual.proj
         return project(cls, proj), project(patches, proj, self.local_projection)
 
@@ -356,14 +377,10 @@ class SOTGLP(nn.Module):
 
     def cosines(self, images, texts):
         """Raw cosines of images and of their patches with each class: (B, C), (B, P, C).  Sec. 3.5, GL-MCM"""
-        return tuple(mean_cosines(*pair) for pair in zip(self.features(images), texts))
+        return tuple(mean_cosines(*pair) for pair in zip(self.encode_images(images), texts))
 
     @torch.no_grad()
     def note_row_error(self, plan):
         """Keeps the largest error of a row, relative to its 1/K, for the log. Columns are exact.  Eq. 9"""
         errors = (plan.sum(dim=-1) * plan.shape[-2] - 1).abs()                     # (B, C, K)
         self.row_error = torch.cat([errors.flatten(), self.row_error.to(errors).view(1)]).amax()
-
-    def learned_state(self):
-        """The prompts and the local projection by name: all that a checkpoint needs. Memory is the parameters'."""
-        return {name: p.detach() for name, p in self.named_parameters() if not name.startswith("clip.")}

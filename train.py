@@ -1,8 +1,9 @@
-"""Trains SOT-GLP (arXiv 2603.08347 v1) on a few images per class, on one process or on several.
+"""Trains SOT-GLP (arXiv 2603.08347 v1), or a method compared with it, on a few images per class.
 
     python train.py                                                   the embedded default: tiny CLIP, drawn critters
     python train.py --dataset eurosat --data-root DIR                 one GPU (or CPU), CLIP ViT-B/16
     torchrun --nproc_per_node=4 train.py --dataset eurosat            four GPUs, the same result
+    python train.py --method coop                                     another method; its --help lists its options
     python train.py --resume runs/eurosat-16shot-seed1                go on after an interruption
 
 The number of processes changes only the order in which numbers are summed: the global batches, the crops and the prompt
@@ -32,19 +33,69 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import evaluate
 import runs
-from sotglp import SOTGLP
+from methods import METHODS, OPTIONS
 
 
 # ---- options -------------------------------------------------------------------------------------------------
 
+# What is known about the options of the methods. Their defaults stand with the methods.
+METHOD_HELP = {
+    "n_global": "global prompts, shared by all classes",
+    "n_local": "local prompts, per class in sotglp, shared by all classes in the other methods",
+    "n_support": "K, patches kept per class; the paper finds 5-20 about equal, 1 and 100 worse",
+    "epsilon": "entropy weight of the transport (Eq. 9); smaller is sharper and needs more --n-iters",
+    "n_iters": "Sinkhorn iterations; log.jsonl has the row error they leave",
+    "lambda_local": "weight of the local branch in loss and fusion",
+    "prompt_dropout": "share of the global prompts that each training image drops; with 0 they stay alike",
+    "no_local_projection": "keep the identity; in the paper -0.9 accuracy, better OOD",
+    "no_vv": "ordinary patch tokens in place of the V-V stream (Table 2)",
+    "shared_local": "one set of local prompts for all classes (Table 2)",
+    "no_plan_gradient": "hold the transport plan constant, as the released code",
+    "n_context": "learned vectors in front of a class name",
+    "words": "words to start from, such as 'a photo of a'; they replace --n-context",
+    "class_specific": "a context of its own for each class",
+    "top_k": "patches that each local prompt keeps (gallop); the own label among the k likeliest is foreground (locoop)",
+    "lambda_entropy": "weight of the entropy of background patches"}
+
+
 def parse_args(argv=None):
-    """The options. Defaults are those of Sec. 4, the same for every dataset and model.
+    """The options of the method that --method names. Defaults are the method's, the same for every dataset and model.
 
     Defaults that depend on other options or on the machine are filled in here, so that the saved configuration is
     complete.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, recipe = parser.add_argument, SOTGLP.DEFAULTS
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--method", choices=METHODS, default="sotglp")
+    first.add_argument("--resume", nargs="?", const=True)
+    known, _ = first.parse_known_args(argv)
+    saved = {}
+    if isinstance(known.resume, str):
+        with runs.plain_errors():
+            saved = {**runs.read_checkpoint(known.resume)["config"], "output_dir": known.resume}
+    parser = make_parser(saved.get("method", known.method))
+    args, unknown = parser.parse_known_args(argv, argparse.Namespace(**saved))
+    if unknown:
+        parser.error(f"{args.method} has no {' '.join(unknown)}: --method {args.method} --help lists what it has")
+
+    args.model = args.model or runs.default_model(args.dataset)
+    on_cuda = args.device.startswith("cuda")
+    args.amp = args.amp or ("fp16" if on_cuda else "off")
+    args.data_root = args.data_root or data.default_root()
+    if args.warmup_epochs < math.inf:                    # else check_args refuses it
+        args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
+    args.output_dir = str(args.output_dir or runs.folder_name(args.method, args.dataset, args.shots, args.seed))
+    if args.workers is None:
+        args.workers = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if on_cuda else 0
+    return args
+
+
+def make_parser(method):
+    """The options that all methods share, and this method's own."""
+    # why no abbreviations: --method is looked for before the other options are known
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    add, recipe = parser.add_argument, METHODS[method].DEFAULTS
+    add("--method", choices=METHODS, default=method, help="what is trained; it decides the defaults (%(default)s)")
     add("--dataset", choices=sorted(data.DATASETS), default="critters", help="critters needs no files (%(default)s)")
     add("--data-root", help="folder that holds the datasets' folders ($DATA_ROOT, else ./data)")
     add("--model", help="%s or a weights file (tiny for critters, else ViT-B/16)" % ", ".join(clip.available_models()))
@@ -59,23 +110,7 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=recipe["batch_size"],
         help="global batch, split over the processes (%(default)s)")
     add("--lr", type=float, default=recipe["lr"], help="peak learning rate of SGD (%(default)s)")
-    add("--weight-decay", type=float, default=recipe["weight_decay"],
-        help="acts on prompts and projection alike (%(default)s)")
-    add("--n-global", type=int, default=4, help="global prompts, shared by all classes (%(default)s)")
-    add("--n-local", type=int, default=4, help="local prompts per class (%(default)s)")
-    add("--n-support", type=int, default=10,
-        help="K, patches kept per class; the paper finds 5-20 about equal, 1 and 100 worse (%(default)s)")
-    add("--epsilon", type=float, default=0.1,
-        help="entropy weight of Eq. 9; smaller is sharper and needs more --n-iters (%(default)s)")
-    add("--n-iters", type=int, default=20,
-        help="Sinkhorn iterations; log.jsonl has the row error they leave (%(default)s)")
-    add("--lambda-local", type=float, default=0.25, help="weight of the local branch in loss and fusion (%(default)s)")
-    add("--prompt-dropout", type=float, default=0.75,
-        help="share of the global prompts that each training image drops; with 0 they stay alike (%(default)s)")
-    add("--no-local-projection", action="store_true", help="keep the identity; in the paper -0.9 accuracy, better OOD")
-    add("--no-vv", action="store_true", help="ordinary patch tokens in place of the V-V stream (Table 2)")
-    add("--shared-local", action="store_true", help="one set of local prompts for all classes (Table 2)")
-    add("--no-plan-gradient", action="store_true", help="hold the transport plan constant, as the released code")
+    add("--weight-decay", type=float, default=recipe["weight_decay"], help="acts on all that is learned (%(default)s)")
     add("--amp", choices=("off", "fp16", "bf16"), help="mixed precision (fp16 on CUDA, off on CPU; bf16 also on CPU)")
     add("--device", default=runs.default_device(),
         help="cpu or cuda; with torchrun each process takes its own GPU (%(default)s)")
@@ -85,35 +120,31 @@ def parse_args(argv=None):
     add("--text-chunk", type=int, default=200, help="classes that go through the text tower at once (%(default)s)")
     add("--checkpoint-text", action="store_true",
         help="recompute text activations, chunk by chunk, in the backward pass: less memory, more time")
-    add("--output-dir", help="where the run is written (runs/<dataset>-<shots>shot-seed<seed>)")
+    add("--output-dir", help="where the run is written (runs/[<method>-]<dataset>-<shots>shot-seed<seed>)")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--resume", nargs="?", const=True, default=False, metavar="RUN",
                         help="continue the run in the output folder; with RUN, a folder, all options are that run's "
                              "(--data-root, --device and --workers may be given anew)")
     either.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
-    args = parser.parse_args(argv)
-    if isinstance(args.resume, str):
-        with runs.plain_errors():
-            config = runs.read_checkpoint(args.resume)["config"]
-        args = parser.parse_args(argv, argparse.Namespace(**{**config, "output_dir": args.resume}))
-
-    args.model = args.model or runs.default_model(args.dataset)
-    on_cuda = args.device.startswith("cuda")
-    args.amp = args.amp or ("fp16" if on_cuda else "off")
-    args.data_root = args.data_root or data.default_root()
-    if args.warmup_epochs < math.inf:                    # else check_args refuses it
-        args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
-    args.output_dir = str(args.output_dir or f"runs/{args.dataset}-{args.shots}shot-seed{args.seed}")
-    if args.workers is None:
-        args.workers = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if on_cuda else 0
-    return args
+    add = parser.add_argument_group(f"options of {method}").add_argument
+    for option, (_, default) in OPTIONS[method].items():
+        flag, text = "--" + option.replace("_", "-"), METHOD_HELP.get(option, "")
+        if default is False:
+            add(flag, action="store_true", help=text)
+        else:       # None stands for a text in --words, for a number elsewhere
+            several = isinstance(default, tuple)
+            kind = str if option == "words" else int if several or default is None else type(default)
+            add(flag, type=kind, nargs="+" if several else None, default=[*default] if several else default,
+                help=f"{text} (%(default)s)")
+    return parser
 
 
 def check_args(args, world):
     """Raises ValueError for options that cannot work, alone or together, before any long work starts."""
     runs.check_device(args.device)
-    for name in ("lr", "weight_decay", "epsilon", "lambda_local", "warmup_epochs", "prompt_dropout", "workers"):
-        if not 0 <= getattr(args, name) < math.inf:
+    for name in ("lr", "weight_decay", "epsilon", "lambda_local", "lambda_entropy", "warmup_epochs", "prompt_dropout",
+                 "workers"):
+        if not 0 <= getattr(args, name, 0) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be a finite number and not negative, "
                              f"got {getattr(args, name)}")
     for name in ("seed", "split_seed"):
@@ -124,15 +155,14 @@ def check_args(args, world):
                          f"it is the global batch, give at least {world}")
     if args.amp == "fp16" and not args.device.startswith("cuda"):
         raise ValueError("--amp fp16 needs a GPU (on CPU it is many times slower than float32): use bf16 or off")
-    for name in ("epochs", "n_global", "n_local", "n_support", "n_iters", "shots", "text_chunk"):
-        if getattr(args, name) < 1:
+    for name in ("epochs", "n_global", "n_local", "n_support", "n_context", "n_iters", "shots", "text_chunk"):
+        if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if args.epsilon == 0 or args.prompt_dropout > 1:
-        raise ValueError(f"--epsilon must be positive and --prompt-dropout lie in [0, 1], "
-                         f"got {args.epsilon} and {args.prompt_dropout}")
-    if runs.holds_run(args.output_dir) and not args.resume and not args.overwrite:
-        raise ValueError(f"{args.output_dir} holds a run already: --resume goes on with it, --overwrite replaces it, "
-                         "and --output-dir names another folder")
+    if getattr(args, "epsilon", 1) == 0:
+        raise ValueError("--epsilon must be positive, got 0")
+    if getattr(args, "prompt_dropout", 0) > 1:
+        raise ValueError(f"--prompt-dropout must lie in [0, 1], got {args.prompt_dropout}")
+    runs.check_free(args.output_dir, args.resume or args.overwrite)
 
 
 # ---- set up --------------------------------------------------------------------------------------------------
@@ -239,7 +269,7 @@ def resume(run):
 def announce(run):
     """Prints what is trained on what, the configuration, and a note on a split file that is not the published one."""
     args, threads = run.args, torch.get_num_threads()
-    print(f"model {args.model}, data {args.dataset}: {len(run.model.class_names)} classes, {len(run.train_set)} "
+    print(f"{args.method}, model {args.model}, data {args.dataset}: {len(run.model.class_names)} classes, {len(run.train_set)} "
           f"training and {len(run.test_set)} test images; {run.world} process{'es' * (run.world > 1)} on "
           f"{run.device.type}, {threads} thread{'s' * (threads > 1)}{' each' * (run.world > 1)}, "
           f"precision {runs.precision(args.amp)}, writing to {run.folder}")
@@ -394,30 +424,15 @@ def write_log(run):
 
 # ---- report --------------------------------------------------------------------------------------------------
 
-def report(run, counts):
-    """result.json and per_class.csv, and on the screen the accuracies."""
-    config = run.fingerprint["config"]
-    figures = {**evaluate.percentages(counts), "test_images": int(counts.seen.sum()),
-               "train_images": len(run.train_set), "split_matches_published": run.published, "world_size": run.world,
-               "threads": torch.get_num_threads(), "precision": runs.precision(run.args.amp),
-               "seconds": round(time.time() - run.started, 1)}
-    named = {name: config[name] for name in ("dataset", "model", "shots", "seed", "split_seed")}
-    evaluate.write_per_class(run.folder / "per_class.csv", run.model.class_names, counts)
-    runs.write_json(run.folder / "result.json", {**figures, **named, "config": config, "versions": runs.versions()})
-    print(f"{evaluate.accuracies_line(figures)}, {figures['seconds']:.0f} s\n"
-          f"wrote {run.folder}/result.json, per_class.csv, log.jsonl, last.pt")
-
-
 @contextlib.contextmanager
 def plain_memory_error(model):
     """Says what takes the memory of a GPU, and what helps."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        prompts = sum(p.shape[-3] for name, p in model.learned_state().items() if name.endswith("prompts"))
-        raise MemoryError(f"out of GPU memory: the text tower encodes {len(model.class_names)} classes x {prompts} "
-                          "prompts in each step. --checkpoint-text with a smaller --text-chunk helps, or more GPUs; "
-                          "a smaller batch does not") from error
+        raise MemoryError("out of GPU memory: the text tower encodes every prompt of "
+                          f"{len(model.class_names)} classes in each step. --checkpoint-text with a smaller "
+                          "--text-chunk helps, or more GPUs; a smaller batch does not") from error
 
 
 def report_finished(run):
@@ -449,7 +464,8 @@ def main(args):
 
     counts = evaluate.test(run.model, run.test_set, args.dataset, args.amp, args.workers, rank, world)
     if rank == 0:
-        report(run, counts)
+        evaluate.report(run.folder, run.model, counts, run.fingerprint["config"], run.started,
+                        train_images=len(run.train_set), split_matches_published=run.published, world_size=world)
     if world > 1:
         dist.destroy_process_group()
 

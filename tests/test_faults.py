@@ -352,7 +352,7 @@ def test_out_of_memory_says_what_helps(options, tmp_path, monkeypatch):
 
     monkeypatch.setattr(script, "train_epoch", fill)
     message = error_of(train, *options, "--output-dir", tmp_path)
-    assert "3 classes x 8 prompts" in message and "--text-chunk" in message and "--checkpoint-text" in message
+    assert "every prompt of 3 classes" in message and "--text-chunk" in message and "--checkpoint-text" in message
 
 
 # ---- names and terminals -------------------------------------------------------------------------------------

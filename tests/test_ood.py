@@ -314,8 +314,8 @@ def printed_row(line):
     return {name: {"fpr95": fpr, "auroc": auc} for name, fpr, auc in pairs}
 
 
-CONFIG = dict(dataset="imagenet", model="ViT-B/16", shots=16, no_vv=False, no_local_projection=False,
-              shared_local=False)
+CONFIG = dict(method="sotglp", dataset="imagenet", model="ViT-B/16", shots=16, no_vv=False,
+              no_local_projection=False, shared_local=False)
 
 
 @pytest.mark.parametrize("changes, line", [

@@ -12,7 +12,7 @@ import clip
 from clip.model import CLIP
 from conftest import random_clip
 from sinkhorn import sinkhorn
-from sotglp import (SOTGLP, draw_prompts, fuse, global_logits, local_logits, objective, project, saliency,
+from sotglp import (SOTGLP, ClassTexts, draw_prompts, fuse, global_logits, local_logits, objective, project, saliency,
                     sparse_support, tokenize_names, unit)
 
 NAMES = ["cat", "dog", "annual_crop land"]
@@ -42,8 +42,8 @@ def model(clip_model):
 @pytest.mark.parametrize("function, expected", [
     # Sec. 4: 4 global and 4 local prompts, K = 10. lambda, epsilon, iterations, dropout: PAPER.md, 3, 4 and 6.
     (SOTGLP, dict(n_global=4, n_local=4, n_support=10, epsilon=0.1, n_iters=20, prompt_dropout=0.75,
-                  local_projection=True, vv_attention=True, class_specific=True, plan_gradient=True,
-                  text_chunk=200, checkpoint_text=False, ranks=(0, 1))),
+                  local_projection=True, vv_attention=True, class_specific=True, plan_gradient=True)),
+    (ClassTexts, dict(text_chunk=200, checkpoint_text=False, ranks=(0, 1))),
     (local_logits, dict(n_support=10, epsilon=0.1, n_iters=20, plan_gradient=True)),
     (sinkhorn, dict(a=None, b=None, epsilon=0.1, n_iters=20)),
     (objective, dict(lambda_local=0.25)), (fuse, dict(lambda_local=0.25)),

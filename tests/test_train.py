@@ -112,7 +112,7 @@ def arguments_of(monkeypatch, owner, name, options):
     def spy(*args, **kwargs):
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        raise Stop(bound.arguments)
+        raise Stop({**bound.arguments, **bound.arguments.get("texts", {})})
 
     monkeypatch.setattr(owner, name, spy)
     with pytest.raises(Stop) as stop:
@@ -252,7 +252,7 @@ def test_the_row_error_is_that_of_the_plan(options, tmp_path):
 def test_training_says_what_it_uses_and_how_it_goes(options, clip_file, tmp_path, capsys):
     train(*options, "--output-dir", tmp_path / "run")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == (f"model {clip_file}, data folder: 3 classes, 9 training and 7 test images; 1 process on cpu, "
+    assert lines[0] == (f"sotglp, model {clip_file}, data folder: 3 classes, 9 training and 7 test images; 1 process on cpu, "
                         f"1 thread, precision float32, writing to {tmp_path}/run")
     assert "lr=0.5" in lines[1] and "n_support=5" in lines[1]
     result, log, _ = read(tmp_path / "run")
@@ -358,7 +358,7 @@ def test_resume_refuses_a_checkpoint_of_something_else(name, value, complaint, t
 @pytest.mark.parametrize("option, complaint", [
     (("--batch-size", 0), "--batch-size 0"), (("--amp", "fp16"), "fp16 needs a GPU"),
     (("--n-support", 17), "keep 17 of 16 patches"), (("--epsilon", 0), "--epsilon must be positive"),
-    (("--prompt-dropout", 1.1), "--prompt-dropout lie in"), (("--prompt-dropout", -0.1), "--prompt-dropout must be"),
+    (("--prompt-dropout", 1.1), "--prompt-dropout must lie in"), (("--prompt-dropout", -0.1), "--prompt-dropout must be"),
     (("--shots", 5), "has 4 images, fewer than the 5 shots"),
     *(((f"--{name}", 0), f"--{name} must be at least 1, got 0") for name in
       ("epochs", "n-global", "n-local", "n-support", "n-iters", "shots", "text-chunk"))])

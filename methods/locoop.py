@@ -1,0 +1,82 @@
+"""LoCoOp, "Few-Shot Out-of-Distribution Detection via Prompt Learning" (Miyai et al., arXiv 2306.01293), in one file.
+
+CoOp, and a second term in training: patches that do not look like their image's class show background. There the
+prediction should be undecided, so the entropy of its class probabilities is made large. The test is CoOp's.
+
+Against SOT-GLP: one prompt per class; patches serve as negative examples, not to recognise the class; they come from
+the value path of the last block, not from a V-V stream, and no map is learned on them.
+
+Letters: those of sotglp.py.  B images   C classes   P patches   D joint width   q: class probabilities of a patch
+"""
+
+import torch
+import torch.distributed
+
+from methods import coop
+from sinkhorn import in_float32
+
+
+@in_float32
+def background(local_logits, labels, top_k):
+    """Which patches show background: the own label is not among the top_k likeliest classes.
+
+    (B, P, C), (B,) -> (B, P) bool.
+    """
+    return (local_logits.topk(top_k, dim=-1).indices != labels[:, None, None]).all(dim=-1)
+
+
+@in_float32
+def entropy(local_logits):
+    """-sum_c q_c log(q_c + 1e-5) of each patch, q being the softmax: (B, P, C) -> (B, P)."""
+    q = local_logits.softmax(dim=-1)
+    return -(q * (q + 1e-5).log()).sum(dim=-1)
+
+
+@in_float32
+def objective(logits, local_logits, labels, lambda_entropy=0.25, top_k=None, n_batch=None, world=1):
+    """Cross-entropy - lambda_entropy times the mean entropy of the background patches of the batch.
+
+    (B, C), (B, P, C), (B,) -> scalar. top_k: a fifth of the classes where None. Without any background patch the second
+    term is 0. n_batch, world: the size of the batch and the number of processes, where these images are a part of it.
+    """
+    patches = background(local_logits, labels, top_k or default_top_k(local_logits.shape[-1]))     # (B, P)
+    n_patches = patches.sum()
+    if world > 1:           # why: the mean is one over the whole batch, and images differ in their background patches
+        torch.distributed.all_reduce(n_patches)
+    mean_entropy = (entropy(local_logits) * patches).sum() / n_patches.clamp(min=1)
+    return coop.objective(logits, labels, n_batch) - lambda_entropy * mean_entropy
+
+
+def default_top_k(n_classes):
+    """A fifth of the classes. why: LoCoOp gives k = 200 for ImageNet's 1,000 classes, and asks to adapt it."""
+    return max(1, n_classes // 5)
+
+
+class LoCoOp(coop.CoOp):
+    """CoOp with a regulariser on background patches.
+
+    top_k: k of `background`, a fifth of the classes where None. The other options are CoOp's. Raises ValueError for k
+    outside [1, C].
+    """
+
+    DEFAULTS = {**coop.CoOp.DEFAULTS, "epochs": 50}        # those of LoCoOp's own runs, all of them on ImageNet
+
+    def __init__(self, clip_model, class_names, n_context=16, words=None, class_specific=False, lambda_entropy=0.25,
+                 top_k=None, **texts):
+        super().__init__(clip_model, class_names, n_context, words, class_specific, **texts)
+        if not 1 <= (top_k or 1) <= len(self.class_names):
+            raise ValueError(f"--top-k must lie between 1 and the number of classes, {len(self.class_names)}: "
+                             f"got {top_k}")
+        self.lambda_entropy, self.top_k = lambda_entropy, top_k
+
+    def forward(self, images, drawn=None, texts=None):
+        """Images -> a tuple of logits (B, C) and, in training, local logits (B, P, C)."""
+        if not self.training:
+            return super().forward(images, drawn, texts)
+        text = self.encode_prompts() if texts is None else texts                   # (C, D)
+        return tuple(self.scale * cosines for cosines in self.cosines(images, text))
+
+    def loss(self, outputs, labels, n_batch):
+        """These images' part of the objective of a batch of n_batch images, and of its cross-entropy."""
+        loss = objective(*outputs, labels, self.lambda_entropy, self.top_k, n_batch, self.encode.ranks[1])
+        return loss, {"global": coop.objective(outputs[0].detach(), labels, n_batch)}

@@ -1,0 +1,77 @@
+"""PLOT, "Prompt Learning with Optimal Transport for Vision-Language Models" (Chen et al., arXiv 2210.01253), in one file.
+
+All patches of an image are matched with L prompts, shared by the classes, by balanced optimal transport. The
+transport-weighted similarity is the only score.
+
+Against SOT-GLP: every patch takes part, not the K best for a class; the prompts are shared by the classes; no global
+score, no V-V stream, no map on patch features. So it is SOT-GLP's local score with K = P and a constant plan.
+
+differs: PLOT is for ResNet-50, whose attention pooling gives its local features. Here ordinary patch tokens of the
+vision transformer take their place (our choice). Table 1's column "PLOT" is PLOT++, another method: it matches four
+prompted image features with four prompts and uses no patches. It is not implemented.
+
+Letters: those of sotglp.py.  B images   C classes   P patches   L prompts   M vectors of a context   D joint width
+"""
+
+import torch
+from torch import nn
+
+from methods import coop
+from sinkhorn import in_float32, sinkhorn
+from sotglp import Method, mean_cosines, project
+
+
+@in_float32
+def logits(patches, text, scale, epsilon=0.1, n_iters=20):
+    """Transport-weighted similarity of all patches to a class's prompts, times 1/tau.
+
+    unit (B, P, D), (C, L, D) -> (B, C). The plan is constant in the backward pass.
+    differs: PLOT stops when the batch's mean change is small, so that an image's score depends on its batch.
+    """
+    similarity = torch.einsum("bpd,cld->bcpl", patches, text)                      # (B, C, P, L)
+    plan = sinkhorn(1 - similarity.detach(), epsilon=epsilon, n_iters=n_iters)
+    return scale * (plan * similarity).sum(dim=(-2, -1))
+
+
+class PLOT(Method):
+    """L contexts of M vectors, shared by the classes; each starts from N(0, 0.02).
+
+    epsilon, n_iters: of the transport. Raises ValueError for a class name that does not fit behind the context.
+    """
+
+    # differs: PLOT's batch is 128; 32 is that of its successor for vision transformers.
+    DEFAULTS = {"lr": 0.002, "epochs": 50, "warmup_epochs": 1, "batch_size": 32, "weight_decay": 5e-4}
+    SUFFIX = coop.CoOp.SUFFIX
+    stream = "qk"
+
+    def __init__(self, clip_model, class_names, n_local=4, n_context=16, epsilon=0.1, n_iters=20, **texts):
+        super().__init__(clip_model, class_names, **texts)
+        self.epsilon, self.n_iters = epsilon, n_iters
+        self.encode.prepare(n_context, self.SUFFIX)        # why here: what cannot work fails before training
+        width = clip_model.token_embedding.weight.shape[1]
+        self.local_prompts = nn.Parameter(torch.empty(n_local, n_context, width).normal_(std=0.02))   # (L, M, W)
+        self.to(clip_model.logit_scale.device)
+
+    def encode_prompts(self):
+        """[SOS], context, class name, full stop, [EOT] for each prompt and class -> unit (C, L, D)."""
+        return self.encode(self.local_prompts, self.SUFFIX)
+
+    def forward(self, images, drawn=None, texts=None):
+        """Images (B, 3, R, R), or what `clip.encode_patches` made of them -> a tuple of the logits (B, C)."""
+        _, patches = self.tokens(images)                                           # (B, P, W)
+        text = self.encode_prompts() if texts is None else texts                   # (C, L, D)
+        return logits(project(patches, self.clip.visual.proj), text, self.scale, self.epsilon, self.n_iters),
+
+    def loss(self, outputs, labels, n_batch):
+        """These images' part of the cross-entropy of a batch of n_batch images; it is the only term."""
+        loss = coop.objective(outputs[0], labels, n_batch)
+        return loss, {"local": loss.detach()}
+
+    def scores(self, outputs):
+        """{"local": (B, C)}."""
+        return {"local": outputs[0]}
+
+    def cosines(self, images, texts):
+        """No cosines of whole images; raw cosines of patches with each class, averaged over prompts, (B, P, C)."""
+        _, patches = self.tokens(images)
+        return None, mean_cosines(project(patches, self.clip.visual.proj), texts)
