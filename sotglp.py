@@ -11,6 +11,7 @@ Letters:  B images   C classes   P patches   K kept patches   G global prompts (
 Image, patch and text features are unit vectors, so every inner product below is a cosine.
 """
 
+import math
 from functools import partial
 
 import clip  # before torch: it bounds how long torch's threads wait
@@ -116,6 +117,40 @@ def objective(global_logits, local_logits, labels, lambda_local=0.25, n_batch=No
 def fuse(global_logits, local_logits, lambda_local=0.25):
     """The final score: global + lambda local, (B, C); its softmax gives the class probabilities.  Sec. 3.5"""
     return global_logits + lambda_local * local_logits
+
+
+# ---- Figure 2, in numbers ------------------------------------------------------------------------------------
+
+@in_float32
+def specialisation(patches, text, labels, n_support=10, epsilon=0.1, n_iters=20):
+    """How far a class's local prompts differ, and how they share out the patches of its images.  Figure 2
+
+    patches (B, P, D), text (C, L, D), labels (B,): the class of each image, whose prompts are looked at -> {name: (B,)}
+      plan_entropy   entropy of the plan over that of the uniform plan, in [0, 1]; 1: every prompt has all patches alike
+      row_error      the largest error of a row's sum, relative to its 1/K, in the plans of all classes
+      overlap        how many of their three best patches two prompts have in common, in [0, 1], mean over pairs
+      prompt_cosine  cosine of two prompts, in [-1, 1], mean over pairs
+    With one prompt there is no pair, and both means are 0.
+    """
+    similarity = torch.einsum("bpd,cld->bcpl", patches, text)                      # (B, C, P, L)
+    kept, _ = sparse_support(similarity, n_support)                                # (B, C, K, L)
+    plan = sinkhorn(1 - kept, epsilon=epsilon, n_iters=n_iters)                    # (B, C, K, L)
+    K, L = plan.shape[-2:]
+    row_error = (K * plan.sum(dim=-1) - 1).abs().amax(dim=(-2, -1))                # (B,)
+    own = torch.arange(len(labels), device=labels.device), labels
+    plan, similarity, text = plan[own], similarity[own], text[labels]              # (B, K, L), (B, P, L), (B, L, D)
+    entropy = torch.special.entr(plan).sum(dim=(-2, -1)) / math.log(max(2, K * L)) # why 2: one cell has no entropy
+    n_best = min(3, similarity.shape[1])
+    best = similarity.topk(n_best, dim=1).indices                                  # (B, 3, L)
+    best = torch.zeros_like(similarity).scatter(1, best, 1)                        # (B, P, L), 1 for the three best
+    return {"plan_entropy": entropy, "row_error": row_error, "overlap": mean_of_pairs(best.mT @ best) / n_best,
+            "prompt_cosine": mean_of_pairs(text @ text.mT)}
+
+
+def mean_of_pairs(matrix):
+    """The mean of what is not on the diagonal: (B, L, L) -> (B,)."""
+    L = matrix.shape[-1]
+    return (matrix.sum(dim=(-2, -1)) - matrix.diagonal(dim1=-2, dim2=-1).sum(dim=-1)) / max(1, L * (L - 1))
 
 
 # ---- Sec. 3.1-3.2: the features that the scores compare ------------------------------------------------------
@@ -260,14 +295,13 @@ class Method(nn.Module):
       scores(outputs)                      {name: (B, C)}; the first one decides
       cosines(images, texts)               ood.py: raw cosines (B, C) or None, and (B, P, C) or None
       learned_state()                      the learned tensors by name, sharing the parameters' memory
-      row_error                            train.py: a scalar for the log, which it sets to 0 before each epoch
+      diagnostics(images, labels)          train.py: {name: (B,)} for the log; a method may lack it
     """
 
     def __init__(self, clip_model, class_names, **texts):
         super().__init__()
         self.clip, self.class_names = clip_model, list(class_names)
         self.encode = ClassTexts(clip_model, self.class_names, **texts)
-        self.row_error = torch.zeros([])                   # the largest relative row error since it was last set to 0
 
     @property
     def scale(self):
@@ -341,10 +375,12 @@ class SOTGLP(Method):
         if drawn is None and self.training:
             drawn = self.draw(len(image)).to(image.device)
         global_scores = global_logits(image, global_text, self.scale, drawn)       # (B, C)
-        local_scores, plan = local_logits(patches, local_text, self.scale, self.n_support, self.epsilon, self.n_iters,
-                                          self.plan_gradient)                      # (B, C), (B, C, K, L)
-        self.note_row_error(plan)
-        return global_scores, local_scores
+        return global_scores, self.local(patches, local_text)
+
+    def local(self, patches, text):
+        """The local branch: unit patches (B, P, D), texts (C, L, D) -> logits (B, C).  Eq. 7-11"""
+        return local_logits(patches, text, self.scale, self.n_support, self.epsilon, self.n_iters,
+                            self.plan_gradient)[0]
 
     def encode_images(self, images):
         """Both streams of the image tower in the joint space: unit (B, D), (B, P, D).  Eq. 2-3
@@ -380,7 +416,7 @@ class SOTGLP(Method):
         return tuple(mean_cosines(*pair) for pair in zip(self.encode_images(images), texts))
 
     @torch.no_grad()
-    def note_row_error(self, plan):
-        """Keeps the largest error of a row, relative to its 1/K, for the log. Columns are exact.  Eq. 9"""
-        errors = (plan.sum(dim=-1) * plan.shape[-2] - 1).abs()                     # (B, C, K)
-        self.row_error = torch.cat([errors.flatten(), self.row_error.to(errors).view(1)]).amax()
+    def diagnostics(self, images, labels):
+        """How the local prompts specialise on a batch, without gradient, for the log: {name: (B,)}.  Figure 2"""
+        patches, local_text = self.encode_images(images)[1], self.encode_prompts()[1]   # (B, P, D), (C, L, D)
+        return specialisation(patches, local_text, labels, self.n_support, self.epsilon, self.n_iters)

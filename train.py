@@ -340,7 +340,6 @@ def train_epoch(run, network, loader, epoch):
     draws = torch.Generator().manual_seed((args.seed * 100_003 + epoch) % 2**63)
     loader.batch_sampler.epoch = epoch
     network.train()
-    model.row_error = torch.zeros([])
     for step, (images, labels) in enumerate(runs.progress(loader, f"epoch {epoch + 1}", run.rank)):
         run.optimizer.param_groups[0]["lr"] = learning_rate(epoch + (step + 0.5) / len(loader), args)
         n_batch = min(args.batch_size, len(run.train_set) - step * args.batch_size)   # images of this step, all ranks
@@ -357,7 +356,7 @@ def train_epoch(run, network, loader, epoch):
         run.scaler.update()
         # why a sum on the device: the host need not wait for each step
         sums = sums + batch_sums(model, outputs, labels, {"loss": loss, **terms}, n_batch)
-    return {**epoch_means(run, sums, ["loss", *(f"{term}_loss" for term in terms)]),
+    return {**epoch_means(run, sums, ["loss", *(f"{term}_loss" for term in terms)]), **diagnose(run, images, labels),
             "lr": run.optimizer.param_groups[0]["lr"], "seconds": round(time.time() - began, 2)}
 
 
@@ -374,25 +373,38 @@ def batch_sums(model, outputs, labels, losses, n_batch):
 
 
 def epoch_means(run, sums, names):
-    """The sums of all steps and ranks as means over the images, and the largest row error of all plans."""
-    row_error = run.model.row_error.to(run.device)
+    """The sums of all steps and ranks as means over the images."""
     if run.world > 1:
         dist.all_reduce(sums)
-        dist.all_reduce(row_error, dist.ReduceOp.MAX)
     *losses, right, seen = sums.tolist()
     assert seen == len(run.train_set), f"the epoch trained on {seen:.0f} of {len(run.train_set)} images"
-    return {**{name: loss / seen for name, loss in zip(names, losses)}, "train_accuracy": 100 * right / seen,
-            "row_error": row_error.item()}
+    return {**{name: loss / seen for name, loss in zip(names, losses)}, "train_accuracy": 100 * right / seen}
+
+
+def diagnose(run, images, labels):
+    """What the method says of the last batch after its step, as means over the images of all ranks: {name: number}."""
+    if not hasattr(run.model, "diagnostics"):
+        return {}
+    with runs.autocast(run.args.amp, run.device):
+        values = run.model.diagnostics(images, labels)                             # {name: (b,)}, this rank's images
+    sums = torch.stack([torch.ones_like(labels, dtype=torch.float32), *values.values()]).sum(dim=1)
+    if run.world > 1:
+        dist.all_reduce(sums)
+    seen, *sums = sums.tolist()
+    return {name: total / seen for name, total in zip(values, sums)}
 
 
 def finish_epoch(run, epoch, fields):
     """A line in the log and on the screen, then last.pt. Raises ValueError on a loss that is not a number."""
     fields = {"epoch": epoch + 1, **fields}
-    terms = ", ".join(f"{name.removesuffix('_loss')} {value:.4f}" for name, value in fields.items()
-                      if name.endswith("_loss"))
+    losses = [name for name in fields if name.endswith("_loss")]
+    terms = ", ".join(f"{name.removesuffix('_loss')} {fields[name]:.4f}" for name in losses)
+    diagnosis = "".join(f"{name.replace('_', ' ')} {value:.3g}  " for name, value in fields.items()
+                        if name not in ("epoch", "loss", "train_accuracy", "lr", "seconds", *losses))
     left = fields["seconds"] * (run.args.epochs - epoch - 1)
-    print("epoch {epoch:3d}  loss {loss:.4f} ({terms})  train {train_accuracy:5.1f} %  lr {lr:.2e}  {seconds:.1f} s  "
-          "left {left:.0f} s".format(terms=terms, left=left, **fields), flush=True)
+    print("epoch {epoch:3d}  loss {loss:.4f} ({terms})  train {train_accuracy:5.1f} %  {diagnosis}lr {lr:.2e}  "
+          "{seconds:.1f} s  left {left:.0f} s".format(terms=terms, diagnosis=diagnosis, left=left, **fields),
+          flush=True)
     if not math.isfinite(fields["loss"]):
         raise ValueError(f"epoch {epoch + 1}: loss {fields['loss']} ({terms}): try a smaller --lr, or --amp off; "
                          "last.pt, if there is one, holds the epoch before")

@@ -13,7 +13,7 @@ from clip.model import CLIP
 from conftest import random_clip
 from sinkhorn import sinkhorn
 from sotglp import (SOTGLP, ClassTexts, draw_prompts, fuse, global_logits, local_logits, objective, project, saliency,
-                    sparse_support, tokenize_names, unit)
+                    sparse_support, specialisation, tokenize_names, unit)
 
 NAMES = ["cat", "dog", "annual_crop land"]
 
@@ -577,6 +577,7 @@ PRECISE = {
     local_logits: lambda: (random_units(2, 9, 6), random_units(3, 4, 6), 100.0, 4),
     objective: lambda: (5 * torch.randn(2, 3), 5 * torch.randn(2, 3), torch.tensor([0, 2])),
     fuse: lambda: (5 * torch.randn(2, 3), 5 * torch.randn(2, 3), 0.3),
+    specialisation: lambda: (random_units(2, 9, 6), random_units(3, 4, 6), torch.tensor([2, 0]), 4),
     unit: lambda: (torch.randn(2, 6),),
     project: lambda: (torch.randn(2, 5, 8), torch.randn(8, 6), torch.randn(8, 8)),
     sinkhorn: lambda: (torch.rand(3, 2), torch.tensor([1 / 8, 3 / 8, 1 / 2]), torch.tensor([1 / 4, 3 / 4]))}
@@ -588,7 +589,8 @@ def test_every_function_is_float32_under_autocast_and_of_half_inputs(function):
 
     def outputs(first, *others):
         by_place, by_name = function(first, *others), function(first, **dict(zip(names[1:], others)))
-        by_place, by_name = (found if isinstance(found, tuple) else (found,) for found in (by_place, by_name))
+        by_place, by_name = ([*found.values()] if isinstance(found, dict) else
+                             found if isinstance(found, tuple) else (found,) for found in (by_place, by_name))
         assert all(map(torch.equal, by_place, by_name))
         return by_place
 
@@ -684,12 +686,50 @@ def test_any_prompts_are_encoded_with_every_name_and_a_suffix(suffix, model):
         torch.testing.assert_close(features, expected[:, None].expand(-1, 3, -1), atol=1e-5, rtol=0)
 
 
-def test_the_row_error_is_the_largest_since_it_was_reset(clip_model):
-    model = SOTGLP(clip_model, NAMES, n_support=5, epsilon=0.01, n_iters=1)
-    for images in (torch.randn(4, 3, 32, 32), torch.zeros(4, 3, 32, 32), torch.zeros(0, 3, 32, 32)):
-        model(images)
-        if images.any():
-            image, patches = model.encode_images(images)
-            _, plan = local_logits(patches, model.encode_prompts()[1], model.scale, 5, 0.01, 1)
-            expected = (plan.sum(-1) * 5 - 1).abs().max().item()
-        assert model.row_error.item() == pytest.approx(expected) and expected > 1e-4
+# ---- Figure 2, in numbers ------------------------------------------------------------------------------------
+
+def test_specialisation_by_hand():
+    # Five patches and the two prompts of class 1, (1, 0) and (0.6, 0.8), whose cosine is 0.6. Their similarities:
+    #   1  (0.96, -0.28)    0.96   0.352
+    #   2  (0.8, 0.6)       0.8    0.96
+    #   3  (0.6, 0.8)       0.6    1
+    #   4  (0, 1)           0      0.8
+    #   5  (-1, 0)         -1     -0.6
+    # The three best of the first prompt are 1, 2, 3, those of the second 3, 2, 4: two of three in common.
+    # K = 2 keeps 2 and 3, of mean 0.88 and 0.8. One iteration with epsilon 1: rows to 1/2, then columns to 1/2.
+    # Class 0 has two equal prompts: its rows are exact, so that the largest row error is that of class 1.
+    text = torch.tensor([[[0.0, 1.0], [0.0, 1.0]], [[1.0, 0.0], [0.6, 0.8]]], dtype=torch.float64)
+    patches = torch.tensor([[[0.96, -0.28], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0], [-1.0, 0.0]]], dtype=torch.float64)
+    kernel = torch.tensor([[0.8, 0.96], [0.6, 1.0]], dtype=torch.float64).exp()    # the factor exp(-1) cancels
+    rows = kernel / kernel.sum(1, keepdim=True) / 2
+    plan = rows / rows.sum(0) / 2
+    entropy = -sum(p * math.log(p) for p in plan.flatten().tolist())
+    row_error = max(abs(2 * sum(row) - 1) for row in plan.tolist())
+    one, zero = (specialisation(patches, text, torch.tensor([label]), n_support=2, epsilon=1.0, n_iters=1)
+                 for label in (1, 0))
+    assert {name: value.tolist() for name, value in one.items()} == {
+        name: pytest.approx([value]) for name, value in {"plan_entropy": entropy / math.log(4), "row_error": row_error,
+                                                         "overlap": 2 / 3, "prompt_cosine": 0.6}.items()}
+    assert row_error > 1e-4 and entropy < 0.999 * math.log(4)
+    assert {name: value.tolist() for name, value in zero.items()} == {
+        name: pytest.approx([value]) for name, value in {"plan_entropy": 1, "row_error": row_error, "overlap": 1,
+                                                         "prompt_cosine": 1}.items()}
+
+
+@pytest.mark.parametrize("P, L, n_support", [(7, 1, 1), (2, 3, 2), (1, 1, 1)])
+def test_specialisation_is_a_number_where_there_is_little_to_share(P, L, n_support):
+    found = specialisation(random_units(2, P, 8), random_units(3, L, 8), torch.tensor([2, 0]), n_support)
+    assert all(-1 <= x <= 1 + 1e-5 for value in found.values() for x in value.tolist())
+    assert L > 1 or found["overlap"].tolist() == found["prompt_cosine"].tolist() == [0, 0]
+
+
+def test_diagnostics_are_those_of_the_models_features_and_options(model):
+    differ(model.local_prompts)
+    model.epsilon, model.n_iters = 0.02, 2
+    images, labels = torch.randn(3, 3, 32, 32), torch.tensor([2, 0, 1])
+    patches, text = model.encode_images(images)[1], model.encode_prompts()[1]
+    found = model.diagnostics(images, labels)
+    for name, expected in specialisation(patches, text, labels, 5, 0.02, 2).items():
+        torch.testing.assert_close(found[name], expected.detach())
+        assert not found[name].requires_grad and len({*found[name].tolist()}) > 1
+    assert all(len(value) == 0 for value in model.diagnostics(images[:0], labels[:0]).values())

@@ -240,13 +240,27 @@ def test_lambda_weighs_the_local_loss(options, tmp_path):
     assert entry["loss"] == pytest.approx(entry["global_loss"] + 0.5 * entry["local_loss"])
 
 
-def test_the_row_error_is_that_of_the_plan(options, tmp_path):
-    # one iteration leaves rows far from their 1/K, forty nearly none
-    errors = []
-    for n_iters in (1, 40):
-        train(*options, "--n-iters", n_iters, "--epsilon", 0.02, "--epochs", 1, "--output-dir", tmp_path / str(n_iters))
-        errors.append(read(tmp_path / str(n_iters))[1][0]["row_error"])
-    assert errors[0] > 1e-3 > 10 * errors[1] >= 0
+def test_the_log_has_the_diagnostics_of_the_last_batch_as_the_epoch_left_the_model(options, tmp_path, monkeypatch):
+    calls, original = [], sotglp.SOTGLP.diagnostics
+
+    def spy(model, images, labels):
+        calls.append((model, images, original(model, images, labels)))
+        return calls[-1][2]
+
+    monkeypatch.setattr(sotglp.SOTGLP, "diagnostics", spy)
+    train(*options, "--epochs", 1, "--batch-size", 5, "--output-dir", tmp_path)
+    _, (entry,), last = read(tmp_path)
+    (model, images, found), = calls                                      # 9 images in batches of 5: once, on the last 4
+    assert images.shape == (4, 3, 32, 32)
+    assert all(torch.equal(tensor, last["learned"][name]) for name, tensor in model.learned_state().items())
+    for name in ("plan_entropy", "row_error", "overlap", "prompt_cosine"):
+        assert entry[name] == pytest.approx(found[name].mean().item())
+
+
+def test_a_method_without_diagnostics_trains(options, tmp_path, monkeypatch):
+    monkeypatch.delattr(sotglp.SOTGLP, "diagnostics")
+    train(*options, "--epochs", 1, "--output-dir", tmp_path)
+    assert "plan_entropy" not in read(tmp_path)[1][0]
 
 
 def test_training_says_what_it_uses_and_how_it_goes(options, clip_file, tmp_path, capsys):
@@ -259,7 +273,9 @@ def test_training_says_what_it_uses_and_how_it_goes(options, clip_file, tmp_path
     epochs = [line for line in lines if line.startswith("epoch")]
     for entry, line in zip(log, epochs, strict=True):
         assert line.startswith("epoch {epoch:3d}  loss {loss:.4f} (global {global_loss:.4f}, local {local_loss:.4f})  "
-                               "train {train_accuracy:5.1f} %  lr {lr:.2e}".format(**entry)) and "left" in line
+                               "train {train_accuracy:5.1f} %  plan entropy {plan_entropy:.3g}  row error "
+                               "{row_error:.3g}  overlap {overlap:.3g}  prompt cosine {prompt_cosine:.3g}  "
+                               "lr {lr:.2e}".format(**entry)) and "left" in line
     assert lines[-2].startswith("accuracy {accuracy:.2f} %  (global {global_accuracy:.2f}, local {local_accuracy:.2f}, "
                                 "zero-shot {zero_shot_accuracy:.2f})  on 7 test images".format(**result))
     assert lines[-1] == f"wrote {tmp_path}/run/result.json, per_class.csv, log.jsonl, last.pt"
@@ -323,7 +339,8 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(trained, options, tmp_path, mo
     assert {p.name for p in tmp_path.iterdir()} == {"log.jsonl", "last.pt", "lock"}          # no half-written file
     train(*options, "--resume")
     (whole, log_whole, last_whole), (result, log, last) = read(trained), read(tmp_path)
-    fields = ("epoch", "loss", "global_loss", "local_loss", "train_accuracy", "lr", "row_error")
+    fields = ("epoch", "loss", "global_loss", "local_loss", "train_accuracy", "lr", "row_error", "plan_entropy",
+              "overlap", "prompt_cosine")
     assert [[entry[f] for f in fields] for entry in log] == [[entry[f] for f in fields] for entry in log_whole]
     assert (tmp_path / "per_class.csv").read_text() == (trained / "per_class.csv").read_text()
     assert {k: v for k, v in result.items() if k.endswith("accuracy")} == \
