@@ -42,14 +42,6 @@ ROWS = {"zero_shot_mcm": "zero-shot MCM", "zero_shot_gl_mcm": "zero-shot GL-MCM,
         "zero_shot_gl_mcm_vv": "zero-shot GL-MCM, V-V, none published",
         "mcm": "this run's MCM", "l_mcm": "this run's L-MCM", "gl_mcm": "this run's GL-MCM"}
 
-# Table 3, FPR95 and AUROC in percent: iNaturalist, SUN, Places, Textures, average as printed (28.1 should be 28.3
-# in the line w/o V-V)
-TABLE_3 = {"CLIP (MCM)": ((30.9, 94.6), (37.7, 92.6), (44.8, 89.8), (57.9, 86.1), (42.8, 90.8)),
-           "CLIP (GL)": ((15.2, 96.7), (30.4, 93.1), (38.9, 89.9), (57.9, 83.6), (35.5, 90.8)),
-           "SOT-GLP": ((10.4, 98.0), (31.7, 92.6), (39.2, 90.2), (31.2, 92.1), (28.1, 93.2)),
-           "w/o V-V": ((11.2, 97.7), (29.9, 92.9), (37.1, 90.4), (34.9, 90.4), (28.1, 92.9)),
-           "w/o Proj": ((11.2, 97.8), (24.8, 93.9), (31.1, 92.0), (28.0, 93.1), (23.8, 94.2))}
-
 
 # ---- scores: Sec. 3.5, "we follow the GL-MCM protocol" -------------------------------------------------------
 
@@ -232,8 +224,9 @@ def paper_rows(config, sets):
     switches = tuple(config.get(name) for name in ("no_vv", "no_local_projection", "shared_local"))
     if switches in variants and config["shots"] == 16 and config["method"] == "sotglp":
         rows["gl_mcm"] = variants[switches]
-    return {row: {name: {"fpr95": fpr, "auroc": auc} for name, (fpr, auc) in zip((*BENCHMARK, "mean"), TABLE_3[line])}
-            for row, line in rows.items()}
+    table = {line["method"]: line for line in evaluate.paper_table(3)}
+    return {row: {name: {metric.lower(): table[line][f"{name} {metric}"] for metric in ("FPR95", "AUROC")}
+                  for name in (*BENCHMARK, "mean")} for row, line in rows.items()}
 
 
 def show(table, paper):

@@ -311,10 +311,11 @@ def test_zero_shot_text_is_unit_and_in_the_order_of_the_classes():
 
 # ---- the paper's tables --------------------------------------------------------------------------------------
 
-def result(folder, dataset="eurosat", accuracy=90.0, shots=16, seed=1, split_seed=1, published=False, **config):
+def result(folder, dataset="eurosat", accuracy=90.0, shots=16, seed=1, split_seed=1, published=False, model="ViT-B/16",
+           **config):
     folder.mkdir(parents=True)
     fields = {"dataset": dataset, "shots": shots, "seed": seed, "split_seed": split_seed, "accuracy": accuracy,
-              "model": "tiny", "split_matches_published": published,
+              "model": model, "split_matches_published": published,
               "config": {"lr": 0.05, **config, "seed": seed, "split_seed": split_seed}}
     (folder / "result.json").write_text(json.dumps(fields))
 
@@ -333,6 +334,7 @@ def test_table_puts_runs_beside_the_papers_numbers_and_leaves_blank_what_did_not
     result(tmp_path / "c", accuracy=10.0, seed=3, lr=1.0)                # another learning rate
     result(tmp_path / "d", accuracy=11.0, seed=2)                        # the same seed again
     result(tmp_path / "e", "dtd", 70.0, shots=4, published=True)
+    result(tmp_path / "0", "dtd", 1.0, shots=4, model="tiny")            # first by name, and yet not the one that counts
     table_1, table_4, printed = table(tmp_path, capsys)
     assert table_1["eurosat"] == ["48.3", "84.9", "90.1", "91.7", "91.00", "+-", "1.41"]         # sd of 90 and 92
     assert table_1["dtd"] == ["44.1", "69.9", "75.5", "77.1"]
@@ -342,6 +344,7 @@ def test_table_puts_runs_beside_the_papers_numbers_and_leaves_blank_what_did_not
         ["CoOp", "34.6", "40.8", "55.7", "63.5", "69.9"], ["GalLoP", "56.0", "61.3", "66.9", "72.4", "75.5"],
         ["SOT-GLP", "57.0", "62.4", "67.3", "73.5", "77.1"], ["ours", "70.00"]]
     assert "left out: %s (lr was 0.05, is 1.0)" % (tmp_path / "c") in printed and "(seed 2 again)" in printed
+    assert "left out: %s (model tiny; the paper has ViT-B/16)" % (tmp_path / "0") in printed
     assert printed.count("NOT CoOp's published split") == 2
     with open(tmp_path / "table.csv") as file:
         rows = list(csv.DictReader(file))
