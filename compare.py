@@ -1,0 +1,235 @@
+"""Trains the compared methods on the same draws and prints one table: accuracy, OOD detection, time, parameters.
+
+    python compare.py                                                 every method on the embedded default, 3 seeds
+    python compare.py --dataset eurosat dtd --shots 1 16 --data-root DIR --model ViT-B/16
+    python compare.py --methods coop sotglp --epochs 20               what it does not know itself goes to train.py
+
+Each run is one of train.py (or of methods/linear_probe.py) in a folder of its own below --output-dir. Stop it when you
+like: what is finished is not run again, and an interrupted run goes on where it was. Without a GPU two runs go at a
+time, each with one thread. Read it from `main`: the runs, what is missing of them, the table.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import data
+import evaluate
+import ood
+import runs
+import train
+from methods import linear_probe
+
+# Name of a row: its label, its options of train.py, its column of Table 1. None: it has a command of its own.
+ROWS = {"zero_shot": ("zero-shot CLIP", None, "CLIP"), "linear_probe": ("linear probe", None, "Linear Probe"),
+        "coop": ("CoOp", ["--method", "coop"], "CoOp"),
+        "coop_class_specific": ("CoOp, a context per class", ["--method", "coop", "--class-specific"], ""),
+        "plot": ("PLOT on patches", ["--method", "plot"], ""),     # why none: Table 1's PLOT is PLOT++
+        "locoop": ("LoCoOp", ["--method", "locoop"], "LoCoOp"), "gallop": ("GalLoP", ["--method", "gallop"], "GalLoP"),
+        "sotglp": ("SOT-GLP", ["--method", "sotglp"], "SOT-GLP")}
+
+
+class Job(NamedTuple):
+    """One run."""
+    row: str
+    dataset: str
+    shots: int
+    seed: int
+    folder: Path
+    commands: list        # in this order: the run, and where there are OOD sets also ood.py
+
+    def __str__(self):
+        return f"{self.row}, {self.dataset}, {self.shots} shots, seed {self.seed}"
+
+
+# ---- the runs ------------------------------------------------------------------------------------------------
+
+def make_jobs(args):
+    """All runs that the table needs."""
+    common = ["--device", args.device, *(("--data-root", args.data_root) if args.data_root else ()),
+              *(("--model", args.model) if args.model else ())]
+    jobs = []
+    for dataset in args.dataset:
+        measure_ood = has_ood_sets(dataset, args.data_root or data.default_root())
+        for shots in args.shots:
+            for row in args.methods:
+                options = ROWS[row][1]
+                # why one seed of the linear probe: with a fixed draw there is nothing random in it
+                for seed in args.seeds if options else args.seeds[:1]:
+                    folder = Path(args.output_dir) / f"{row}-{dataset}-{shots}shot-seed{seed}".removeprefix("sotglp-")
+                    which = ["--dataset", dataset, "--shots", str(shots), "--seed", str(seed), *common,
+                             "--output-dir", str(folder)]
+                    if row == "linear_probe":
+                        jobs.append(Job(row, dataset, shots, seed, folder, [["-m", "methods.linear_probe", *which]]))
+                    elif options:
+                        commands = [["train.py", *options, *which, *args.more, "--resume"]]
+                        commands += [["ood.py", str(folder), "--device", args.device]] * measure_ood
+                        jobs.append(Job(row, dataset, shots, seed, folder, commands))
+    return jobs
+
+
+def has_ood_sets(dataset, root):
+    """Whether there are pictures of something else to tell apart from a dataset."""
+    try:
+        return bool(ood.ood_sets(dataset, root))
+    except (ValueError, FileNotFoundError):
+        return False
+
+
+def check_finished(jobs):
+    """Raises ValueError where a folder holds a run with other options: it must not stand in the table."""
+    for job in jobs:
+        script, *options = job.commands[0]
+        wanted = train.parse_args(options) if script == "train.py" else linear_probe.parse_args(options[1:])
+        if (job.folder / "result.json").exists():
+            config = runs.read_result(job.folder)["config"]
+            differs = runs.changes(config, {name: value for name, value in vars(wanted).items() if name in config})
+            if differs:
+                raise ValueError(f"{job.folder} holds a run with other options ({'; '.join(differs)}): give the same "
+                                 "ones, or another --output-dir")
+
+
+def missing(job):
+    """The commands of a job that have not been run to their end."""
+    done = [(job.folder / name).exists() for name in ("result.json", "ood.json")]
+    return [command for command, is_done in zip(job.commands, done) if not is_done]
+
+
+def run_job(job, threads):
+    """Runs what is missing of a job, its output in RUN/output.txt -> the error's last line, or "" without error."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
+    for command in missing(job):
+        with open(job.folder / "output.txt", "a", encoding="utf-8") as file:
+            process = subprocess.run([sys.executable, *command], cwd=Path(__file__).parent, stdout=file,
+                                     stderr=subprocess.STDOUT, env=environment)
+        if process.returncode:
+            return (job.folder / "output.txt").read_text(encoding="utf-8").splitlines()[-1]
+    return ""
+
+
+def run_all(jobs, at_once, threads):
+    """Runs what is missing, `at_once` jobs at a time, and says after each how long the rest will take.
+
+    Raises ValueError, when all others are done, where runs failed.
+    """
+    left = [job for job in jobs if missing(job)]
+    print(f"{len(jobs)} runs, {len(jobs) - len(left)} finished already; {at_once} at a time", flush=True)
+    began, failed = time.time(), []
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        results = [pool.submit(run_job, job, threads) for job in left]
+        for i, (job, result) in enumerate(zip(left, results), 1):
+            error = result.result()
+            if error:
+                failed.append(f"{job}: {error}")
+            minutes = (time.time() - began) / i * (len(left) - i) / 60
+            print(f"{i} of {len(left)}: {job}: {error or evaluate.accuracies_line(runs.read_result(job.folder))}; "
+                  f"about {minutes:.0f} min left", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)                 # why: after Ctrl-C none of the others must start
+    if failed:
+        raise ValueError(f"{len(failed)} runs failed, the others are kept; RUN/output.txt has more:\n"
+                         + "\n".join(failed))
+
+
+# ---- the table -----------------------------------------------------------------------------------------------
+
+def measure(jobs):
+    """What finished runs of one row show: {column: [a value per seed]}."""
+    values = {}
+    for job in jobs:
+        result, log = runs.read_result(job.folder), job.folder / "log.jsonl"
+        found = {"accuracy": result["accuracy"], "zero-shot": result["zero_shot_accuracy"],
+                 "parameters": result["learned_parameters"]}
+        if log.exists():
+            found["s/epoch"] = statistics.median(line["seconds"] for line in runs.read_log(job.folder))
+        if (job.folder / "ood.json").exists():
+            table = json.loads((job.folder / "ood.json").read_text(encoding="utf-8"))["table"]
+            found |= {row: cells["mean"]["auroc"] for row, cells in table.items()}
+        for column, value in found.items():
+            values.setdefault(column, []).append(value)
+    return values
+
+
+def make_table(args, jobs):
+    """{(dataset, shots): {row: {column: [a value per seed]}}} of the runs."""
+    table = {}
+    for dataset in args.dataset:
+        for shots in args.shots:
+            rows = {row: measure([job for job in jobs if job[:3] == (row, dataset, shots)]) for row in args.methods}
+            trained = next((row for row in rows.values() if row), None)
+            if "zero_shot" in rows and trained:            # every run measures it; OOD rows come with those of ood.py
+                scores = next((row for row in rows.values() if "zero_shot_mcm" in row), {})
+                rows["zero_shot"] = {"accuracy": trained["zero-shot"][:1], "parameters": [0],
+                                     "mcm": scores.get("zero_shot_mcm", [])[:1],
+                                     "gl_mcm": scores.get("zero_shot_gl_mcm", [])[:1]}
+            table[dataset, shots] = rows
+    return table
+
+
+def print_table(args, table):
+    """The rows, a column for each measure; the paper's column stands beside ViT-B/16 at 16 shots alone."""
+    published = {row["dataset"]: row for row in evaluate.paper_table(1)}
+    for (dataset, shots), rows in table.items():
+        model = args.model or runs.default_model(dataset)
+        paper = published.get(dataset, {}) if (model, shots) == ("ViT-B/16", 16) else {}
+        print(f"\n{dataset}, {shots} shots, model {model}, seeds {' '.join(map(str, args.seeds))}: mean +- standard "
+              "deviation; AUROC is the mean over the OOD sets")
+        heads = ("accuracy", "AUROC, MCM", "AUROC, L-MCM", "AUROC, GL-MCM", "s/epoch", "parameters")
+        heads += ("the paper's",) if paper else ()
+        print(f"{'':26s}" + "".join(f"{head:>16s}" for head in heads))
+        for row, values in rows.items():
+            cells = [evaluate.mean_and_spread(values.get(column, []))
+                     for column in ("accuracy", "mcm", "l_mcm", "gl_mcm", "s/epoch")]
+            cells += [f"{values['parameters'][0]:,}" if values else "", *([paper.get(ROWS[row][2], "")] if paper else [])]
+            print(f"{ROWS[row][0]:26s}" + "".join(f"{cell:>16}" for cell in cells))
+    print("\nA method's epochs, rate and batch are its own (train.py --method NAME --help). An OOD cell is empty where a "
+          "method has no such score.")
+
+
+# ---- the script ----------------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    """The options; what is not among them goes to train.py and is checked there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    add = parser.add_argument
+    add("--dataset", nargs="+", choices=sorted(data.DATASETS), default=["critters"], metavar="NAME",
+        help="datasets, a table for each (critters)")
+    add("--shots", nargs="+", type=int, default=[16], help="training images per class, a table for each (16)")
+    add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="runs of each method; the shots stay the same (1 2 3)")
+    add("--methods", nargs="+", choices=ROWS, default=[*ROWS], metavar="ROW", help="rows: " + ", ".join(ROWS))
+    add("--data-root", help="folder that holds the datasets' folders ($DATA_ROOT, else ./data)")
+    add("--model", help="a CLIP name or a weights file (tiny for critters, else ViT-B/16)")
+    add("--device", default=runs.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
+    add("--output-dir", default="runs", help="the runs are folders of it (%(default)s)")
+    args, args.more = parser.parse_known_args(argv)
+    return args
+
+
+@runs.plain_errors("the same command goes on with what is missing")
+def main(args):
+    """The runs, what is missing of them, the table."""
+    runs.check_device(args.device)
+    jobs = make_jobs(args)
+    check_finished(jobs)
+    on_gpu = args.device.startswith("cuda")
+    at_once = 1 if on_gpu else min(2, os.cpu_count() or 1)
+    run_all(jobs, at_once, threads=0 if on_gpu else 1)
+    table = make_table(args, jobs)
+    print_table(args, table)
+    runs.write_json(Path(args.output_dir) / "compare.json",
+                    [{"dataset": dataset, "shots": shots, "row": row, **values}
+                     for (dataset, shots), rows in table.items() for row, values in rows.items()])
+
+
+if __name__ == "__main__":
+    main(parse_args())
