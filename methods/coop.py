@@ -19,7 +19,7 @@ from sotglp import Method, project
 
 @in_float32
 def logits(image, text, scale):
-    """Cosine of image and class, times 1/tau: unit (B, D), (C, D) -> (B, C)."""
+    """Cosine of image and class, times 1/tau: unit (B, D), or any (..., D), and (C, D) -> (B, C)."""
     return scale * image @ text.T
 
 
@@ -73,4 +73,4 @@ class CoOp(Method):
 
     def cosines(self, images, texts):
         """Raw cosines of images, and of their value-path patches, with each class: (B, C), (B, P, C).  GL-MCM"""
-        return tuple(project(tokens, self.clip.visual.proj) @ texts.T for tokens in self.tokens(images))
+        return tuple(logits(project(tokens, self.clip.visual.proj), texts, 1.0) for tokens in self.tokens(images))

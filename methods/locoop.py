@@ -14,6 +14,7 @@ import torch.distributed
 
 from methods import coop
 from sinkhorn import in_float32
+from sotglp import project
 
 
 @in_float32
@@ -74,7 +75,8 @@ class LoCoOp(coop.CoOp):
         if not self.training:
             return super().forward(images, drawn, texts)
         text = self.encode_prompts() if texts is None else texts                   # (C, D)
-        return tuple(self.scale * cosines for cosines in self.cosines(images, text))
+        return tuple(coop.logits(project(tokens, self.clip.visual.proj), text, self.scale)
+                     for tokens in self.tokens(images))
 
     def loss(self, outputs, labels, n_batch):
         """These images' part of the objective of a batch of n_batch images, and of its cross-entropy."""

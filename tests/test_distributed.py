@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from conftest import TORCHRUN, random_clip, read, run, train
+from methods import METHODS, locoop
 from sotglp import SOTGLP, objective
-from two_ranks import CACHED, CASES, NAMES, batch, gradients, make_model
+from two_ranks import CACHED, CASES, NAMES, batch, gradients, make_method, make_model, step_of_a_method
 
 WEIGHTS = b"weights"
 
@@ -58,6 +59,26 @@ def test_shared_text_work_changes_neither_values_nor_gradients(case, pair):
             torch.testing.assert_close(text, expected.detach(), atol=1e-5, rtol=1e-5)
         for name, expected in gradients(model).items():
             torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("n_images", [3, 1])
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_give_a_methods_loss_and_gradients(name, n_images, pair):
+    # three images: two and one; one image: the second process has none
+    expected, loss = step_of_a_method(name, n_images, 0, 1)
+    for rank in pair[0]:
+        found, total = rank[f"{name}, {n_images}"]
+        assert total == pytest.approx(loss, rel=1e-5)
+        for key, gradient in expected.items():
+            torch.testing.assert_close(found[key], gradient, atol=1e-6, rtol=1e-3)
+
+
+def test_background_patches_are_uneven_over_the_processes():
+    # else the test above could not tell LoCoOp's mean over the batch from a mean of means
+    images, labels, _ = batch(3, 5)
+    outputs = make_method("locoop")(images)
+    counts = locoop.background(outputs[1], labels, 1).sum(dim=1).tolist()
+    assert counts[0] + counts[2] != 2 * counts[1] and all(counts)
 
 
 def test_one_process_downloads_and_both_get_the_file_or_the_error(pair):

@@ -16,12 +16,14 @@ import torch  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 from clip import loader  # noqa: E402
+from methods import METHODS  # noqa: E402
 from sotglp import SOTGLP, draw_prompts, objective  # noqa: E402
 
 # Names of 2, 1, 1, 3 and 7 tokens. Sorted by length they stand in the order 1, 2, 0, 3, 4: not its own inverse.
 NAMES = ["sea lake", "cat", "dog", "annual crop land", "a rather long name of a class"]
 # Of a batch of 3 images rank 0 has two; a small epsilon leaves row errors that are more than rounding.
 CACHED = ("--cache-features", "--epochs", "1", "--batch-size", "3", "--epsilon", "0.01")
+SMALL = {"sotglp": {"n_support": 5}, "gallop": {"top_k": (1, 2, 3, 4)}}       # 16 patches
 CASES = {"classes and images do not divide": (3, 5), "rank 1 has neither class nor image": (1, 1)}   # images, classes
 
 
@@ -51,6 +53,27 @@ def share_of_a_step(n_images, n_classes, rank, world):
     return gradients(model), loss.item(), [text.detach() for text in model.encode_prompts()]
 
 
+def make_method(name, **options):
+    """A method on all NAMES, the same on every process."""
+    torch.manual_seed(1)
+    return METHODS[name](random_clip(), NAMES, **SMALL.get(name, {}), **options).train()
+
+
+def step_of_a_method(name, n_images, rank, world):
+    """A training step of a method as train.py does it -> gradients, the sum over the ranks of the parts of the loss."""
+    model = make_method(name, ranks=(rank, world))
+    images, labels, _ = batch(n_images, len(NAMES))
+    drawn = model.draw(n_images, torch.Generator().manual_seed(3))
+    network = DistributedDataParallel(model) if world > 1 else model
+    outputs = network(images[rank::world], None if drawn is None else drawn[rank::world])
+    loss, _ = model.loss(outputs, labels[rank::world], n_images)
+    (loss * world).backward()
+    loss = loss.detach()
+    if world > 1:
+        dist.all_reduce(loss)
+    return gradients(model), loss.item()
+
+
 def fetched(address):
     """What a rank gets from the loader: the path of the file, or its error in words."""
     try:
@@ -63,6 +86,7 @@ def main(folder, address, missing, *options):
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     seen = {name: share_of_a_step(*case, rank, world) for name, case in CASES.items()}
+    seen |= {f"{name}, {n}": step_of_a_method(name, n, rank, world) for name in METHODS for n in (3, 1)}
     seen |= {"there": fetched(address), "missing": fetched(missing), "threads": torch.get_num_threads()}
     torch.save(seen, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
