@@ -163,14 +163,20 @@ def sentence(said, adjectives=()):
 # ---- drawing ----
 
 class Canvas:
-    """A picture at twice its size and, beside it, a mask that tells which slot each pixel shows."""
+    """A picture at twice its size. Its fourth channel is the mask: which slot each pixel shows.
+
+    why there: one stroke of the pen draws both.
+    """
 
     def __init__(self, colour, rng):
         self.rng = rng
-        self.image = Image.new("RGB", (2 * SIZE, 2 * SIZE), self.shade(colour, 24))
-        self.mask = Image.new("L", self.image.size, SLOTS.index("ground"))
-        self.pens = ImageDraw.Draw(self.image), ImageDraw.Draw(self.mask)
+        self.image = Image.new("RGBA", (2 * SIZE, 2 * SIZE), (*self.shade(colour, 24), SLOTS.index("ground")))
+        self.pen = ImageDraw.Draw(self.image)
         self.turn, self.shift = 1 + 0j, 0j            # of the figure: its point z lies at z * turn + shift
+
+    @property
+    def mask(self):
+        return self.image.getchannel("A")
 
     def shade(self, colour, spread=16):
         """A colour, or one by name, a little changed."""
@@ -187,28 +193,27 @@ class Canvas:
         """Fills the polygons and outlines them; with no colour, the outline alone."""
         for polygon in polygons:
             points = [complex(x, y) * scale + origin for x, y in polygon]
-            for zs in (points, [-z.conjugate() for z in points])[: 1 + mirrored]:
+            for zs in (points, [-z.conjugate() for z in points]) if mirrored else (points,):
                 zs = [z * self.turn + self.shift for z in zs]
                 zs = [(round(z.real), round(z.imag)) for z in zs]
-                for pen, fill, line in zip(self.pens, (colour, value), (edge, value)):
-                    if colour:
-                        pen.polygon(zs, fill)
-                    pen.line([*zs, zs[0]], line, 3)
+                if colour:
+                    self.pen.polygon(zs, (*colour, value))
+                self.pen.line([*zs, zs[0]], (*edge, value), 3)
 
     def paint(self, pattern, colour, value, within):
         """Paints a pattern, in the figure's coordinates, over the pixels whose mask is `within`."""
-        y, x = np.mgrid[: 2 * SIZE, : 2 * SIZE]
+        shown = np.asarray(self.mask) == within
+        y, x = shown.nonzero()
         z = (x + 1j * y - self.shift) / self.turn
-        shown = PATTERNS[pattern](z.real, z.imag) & (np.asarray(self.mask) == within)
-        for image, fill in ((self.image, colour), (self.mask, value)):
-            image.paste(fill, mask=Image.fromarray(shown.astype(np.uint8) * 255))
+        shown[shown] = PATTERNS[pattern](z.real, z.imag)
+        self.image.paste((*colour, value), mask=Image.fromarray(shown.astype(np.uint8) * 255))
 
     def finish(self):
         """Light and noise -> the picture and its mask (SIZE, SIZE)."""
         noise = np.random.RandomState(self.rng.getrandbits(32))   # why this class: numpy keeps its numbers for good
-        y, x = np.mgrid[-1:1:SIZE * 1j, -1:1:SIZE * 1j]
-        light = self.rng.uniform(.8, 1.15) + self.rng.uniform(-.15, .15) * x + self.rng.uniform(-.15, .15) * y
-        pixels = np.asarray(self.image.reduce(2)) * light[..., None]
+        x = np.linspace(-1, 1, SIZE)
+        light = self.rng.uniform(.8, 1.15) + self.rng.uniform(-.15, .15) * x + self.rng.uniform(-.15, .15) * x[:, None]
+        pixels = np.asarray(self.image.convert("RGB").reduce(2)) * light[..., None]
         pixels += noise.normal(0, self.rng.uniform(2, 9), pixels.shape)
         return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8)), np.asarray(self.mask)[::2, ::2]
 
@@ -296,8 +301,8 @@ def scribble(rng, sharp=False):
         for _ in range(rng.randint(8, 30)):
             angle += rng.uniform(1, 5) if sharp else rng.gauss(0, .5)
             line.append(line[-1] + (rng.uniform(12, 40) if sharp else 8) * complex(math.cos(angle), math.sin(angle)))
-        ImageDraw.Draw(canvas.image).line([(z.real, z.imag) for z in line], canvas.shade(rng.choice(list(COLOURS))),
-                                          rng.randint(2, 6))
+        colour = canvas.shade(rng.choice(list(COLOURS)))
+        canvas.pen.line([(z.real, z.imag) for z in line], (*colour, SLOTS.index("ground")), rng.randint(2, 6))
     return *canvas.finish(), {"ground": "a scribble"}
 
 
