@@ -334,25 +334,27 @@ class Pictures(Dataset):
 
 
 class Batches(Sampler):
-    """This rank's share of each batch of an epoch, as lists of `(epoch, i)`.
+    """This rank's share of each batch of some epochs, one after the other, as lists of `(epoch, i)`.
 
-    The order of the images depends only on (seed, epoch). The trainer sets `.epoch` before it iterates. All ranks get
-    the same number of batches; in the last, smaller one the share of a rank may be empty.
+    The order of the images depends only on (seed, epoch). All ranks get the same number of batches; in the last, smaller
+    one of an epoch the share of a rank may be empty.
+    why all epochs in one: workers read on from epoch to epoch, while the model still learns from what they have read.
     """
 
-    def __init__(self, n, batch_size, seed, rank=0, world=1):
+    def __init__(self, n, batch_size, seed, rank=0, world=1, epochs=(0,)):
         self.n, self.batch_size, self.seed, self.rank, self.world = n, batch_size, seed, rank, world
-        self.epoch = 0
+        self.epochs, self.per_epoch = epochs, -(-n // batch_size)
 
     def __len__(self):
-        return -(-self.n // self.batch_size)
+        return len(self.epochs) * self.per_epoch
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
-        order = torch.randperm(self.n, generator=generator).tolist()
-        for start in range(0, self.n, self.batch_size):
-            batch = order[start:start + self.batch_size]
-            yield [(self.epoch, i) for i in batch[self.rank::self.world]]
+        for epoch in self.epochs:
+            generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+            order = torch.randperm(self.n, generator=generator).tolist()
+            for start in range(0, self.n, self.batch_size):
+                batch = order[start:start + self.batch_size]
+                yield [(epoch, i) for i in batch[self.rank::self.world]]
 
 
 def _mix(*numbers):
@@ -361,10 +363,10 @@ def _mix(*numbers):
 
 
 def train_loader(pictures, batches, workers=0, device="cpu"):
-    """Batches of tensors. Workers live as long as the loader; the indices tell them the epoch."""
+    """Batches of tensors. Workers live as long as the iterator; the indices tell them the epoch."""
     return DataLoader(pictures, batch_sampler=batches, collate_fn=pictures.collate, num_workers=workers,
-                      pin_memory=torch.device(device).type == "cuda", persistent_workers=workers > 0,
-                      generator=torch.Generator())     # why: otherwise each epoch uses the global generator
+                      pin_memory=torch.device(device).type == "cuda",
+                      generator=torch.Generator())     # why: otherwise an iterator draws from the global generator
 
 
 def test_loader(pictures, batch_size, workers=0, device="cpu", rank=0, world=1):

@@ -284,9 +284,10 @@ def announce(run):
 
 
 def make_loader(run):
-    """The loader of training images, or of their features with --cache-features."""
+    """The loader of the training images of all epochs to come, or of their features with --cache-features."""
     args = run.args
-    batches = data.Batches(len(run.train_set), args.batch_size, args.seed, run.rank, run.world)
+    batches = data.Batches(len(run.train_set), args.batch_size, args.seed, run.rank, run.world,
+                           range(run.epochs_done, args.epochs))
     if args.cache_features:
         return CachedFeatures(run, batches)
     pictures = data.Pictures(run.train_set, data.train_transform(run.preprocess), args.seed)
@@ -298,7 +299,7 @@ class CachedFeatures:
 
     @torch.no_grad()
     def __init__(self, run, batches):
-        self.batch_sampler, features, labels = batches, [], []
+        self.batches, features, labels = batches, [], []
         pictures = data.Pictures(run.train_set, run.preprocess)
         loader = data.test_loader(pictures, evaluate.EVAL_BATCH, run.args.workers, run.device)
         for images, batch_labels in runs.progress(loader, "features", run.rank):
@@ -312,11 +313,8 @@ class CachedFeatures:
             print(f"cached features: {self.patches.nbytes / 2**20:.0f} MiB for {len(pictures)} images; the paper's "
                   "random crops and flips are dropped", flush=True)
 
-    def __len__(self):
-        return len(self.batch_sampler)
-
     def __iter__(self):
-        for batch in self.batch_sampler:
+        for batch in self.batches:
             chosen = torch.tensor([i for _, i in batch], dtype=torch.int64, device=self.labels.device)
             yield (self.cls[chosen], self.patches[chosen]), self.labels[chosen]
 
@@ -334,14 +332,14 @@ def learning_rate(epoch, args):
     return args.lr * (1 + math.cos(math.pi * done)) / 2
 
 
-def train_epoch(run, network, loader, epoch):
-    """One pass over the few-shot images -> the fields of its line in log.jsonl."""
+def train_epoch(run, network, batches, epoch):
+    """One pass over the few-shot images, the next ones of an iterator -> the fields of its line in log.jsonl."""
     args, model, began, sums = run.args, run.model, time.time(), 0
     draws = torch.Generator().manual_seed((args.seed * 100_003 + epoch) % 2**63)
-    loader.batch_sampler.epoch = epoch
+    n_steps = math.ceil(len(run.train_set) / args.batch_size)
     network.train()
-    for step, (images, labels) in enumerate(runs.progress(loader, f"epoch {epoch + 1}", run.rank)):
-        run.optimizer.param_groups[0]["lr"] = learning_rate(epoch + (step + 0.5) / len(loader), args)
+    for step, (images, labels) in zip(runs.progress(range(n_steps), f"epoch {epoch + 1}", run.rank), batches):
+        run.optimizer.param_groups[0]["lr"] = learning_rate(epoch + (step + 0.5) / n_steps, args)
         n_batch = min(args.batch_size, len(run.train_set) - step * args.batch_size)   # images of this step, all ranks
         drawn = model.draw(n_batch, draws)               # why for all ranks: each takes the rows of its own images
         drawn = None if drawn is None else drawn[run.rank::run.world]
@@ -466,13 +464,14 @@ def main(args):
     if rank == 0:
         announce(run)
     network = DistributedDataParallel(run.model) if world > 1 else run.model
-    loader = make_loader(run)
+    batches = iter(make_loader(run))
 
     for epoch in range(run.epochs_done, args.epochs):
         with plain_memory_error(run.model):
-            fields = train_epoch(run, network, loader, epoch)
+            fields = train_epoch(run, network, batches, epoch)
         if rank == 0:
             finish_epoch(run, epoch, fields)
+    del batches                                          # why: its workers end before those of the test start
 
     counts = evaluate.test(run.model, run.test_set, args.dataset, args.amp, args.workers, rank, world)
     if rank == 0:

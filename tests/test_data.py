@@ -4,6 +4,7 @@ import collections
 import hashlib
 import itertools
 import json
+import os
 import random
 
 import numpy as np
@@ -540,8 +541,7 @@ def test_each_seed_epoch_and_number_has_a_crop_of_its_own(tmp_path):
 def test_each_seed_and_epoch_has_an_order_of_its_own():
     orders = set()
     for seed, epoch in itertools.product((0, 1, 2, 11, 12), repeat=2):
-        batches = data.Batches(30, 7, seed)
-        batches.epoch = epoch
+        batches = data.Batches(30, 7, seed, epochs=[epoch])
         orders.add(tuple(i for batch in batches for _, i in batch))
     assert len(orders) == 5 ** 2
 
@@ -552,10 +552,18 @@ def test_an_index_without_an_epoch_is_of_epoch_0(pictures):
 
 @pytest.mark.parametrize("device, pinned", [("cpu", False), ("cuda", True), ("cuda:1", True)])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_loaders_keep_their_workers_and_pin_memory_for_a_gpu(pictures, device, pinned, workers):
+def test_loaders_pin_memory_for_a_gpu(pictures, device, pinned, workers):
     for loader in (data.train_loader(pictures, data.Batches(11, 4, 1), workers, device),
                    data.test_loader(pictures, 4, workers, device)):
-        assert (loader.num_workers, loader.persistent_workers, loader.pin_memory) == (workers, workers > 0, pinned)
+        assert (loader.num_workers, loader.pin_memory) == (workers, pinned)
+
+
+def test_the_same_worker_reads_all_epochs():
+    items = [(f"critters/train/0/{i}", 0, "c") for i in range(2)]
+    pictures = data.Pictures(items, lambda image: torch.tensor(os.getpid()))
+    processes = {pid for pids, _ in data.train_loader(pictures, data.Batches(2, 1, 1, epochs=range(3)), 1)
+                 for pid in pids.tolist()}
+    assert len(processes) == 1 and os.getpid() not in processes
 
 
 @pytest.fixture
@@ -568,13 +576,12 @@ def epochs(pictures, batch_size, world=1, workers=0):
     """{(epoch, label): image}, of two epochs, as the ranks of a world see them together."""
     seen = {}
     for rank in range(world):
-        batches = data.Batches(len(pictures), batch_size, seed=5, rank=rank, world=world)
-        loader = data.train_loader(pictures, batches, workers)
-        for batches.epoch in (0, 1):
-            for images, labels in loader:
-                for image, label in zip(images, labels.tolist()):
-                    assert (batches.epoch, label) not in seen, "an image came twice"
-                    seen[batches.epoch, label] = image
+        batches = data.Batches(len(pictures), batch_size, seed=5, rank=rank, world=world, epochs=(0, 1))
+        for number, (images, labels) in enumerate(data.train_loader(pictures, batches, workers)):
+            epoch = number // batches.per_epoch
+            for image, label in zip(images, labels.tolist()):
+                assert (epoch, label) not in seen, "an image came twice"
+                seen[epoch, label] = image
     assert len(seen) == 2 * len(pictures)
     return seen
 
@@ -598,12 +605,11 @@ def test_loading_leaves_the_global_generators_alone(pictures):
 
 @pytest.mark.parametrize("n, batch_size, world", [(11, 4, 1), (11, 4, 4), (9, 4, 2), (3, 8, 5), (8, 4, 2)])
 def test_ranks_share_the_batches_of_one_process(n, batch_size, world):
-    alone = data.Batches(n, batch_size, seed=1)
-    ranks = [data.Batches(n, batch_size, seed=1, rank=rank, world=world) for rank in range(world)]
     orders = []
     for epoch in (0, 1):
+        alone = data.Batches(n, batch_size, seed=1, epochs=[epoch])
+        ranks = [data.Batches(n, batch_size, seed=1, rank=rank, world=world, epochs=[epoch]) for rank in range(world)]
         for batches in (alone, *ranks):
-            batches.epoch = epoch
             assert len(list(batches)) == len(batches) == -(-n // batch_size)
         for whole, *shares in zip(alone, *ranks):
             assert sorted(whole) == sorted(sum(shares, []))
