@@ -36,10 +36,11 @@ def alphabet():
 def vocabulary():
     """All tokens in the order of their ids, {token: id}, and the merges, {(left id, right id): merged id}."""
     letters = list(alphabet().values())
-    pairs = [line.split() for line in gzip.decompress(MERGES.read_bytes()).decode().splitlines()]
-    tokens = letters + [a + "</w>" for a in letters] + [left + right for left, right in pairs] + list(SPECIAL)
+    words = gzip.decompress(MERGES.read_bytes()).decode().split()   # why not line by line: 49,000 lists cost 0.2 s
+    lefts, rights = words[::2], words[1::2]
+    tokens = letters + [a + "</w>" for a in letters] + [a + b for a, b in zip(lefts, rights)] + list(SPECIAL)
     ids = {token: i for i, token in enumerate(tokens)}
-    return ids, {(ids[left], ids[right]): ids[left + right] for left, right in pairs}
+    return ids, {(ids[a], ids[b]): ids[a + b] for a, b in zip(lefts, rights)}
 
 
 def clean(text):
