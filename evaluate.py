@@ -26,7 +26,7 @@ import data
 import runs
 from sotglp import global_logits, project, unit
 
-EVAL_BATCH = 100
+EVAL_BATCH = 32      # why no more: the activations of a larger batch leave a processor's cache
 
 
 # ---- accuracy ------------------------------------------------------------------------------------------------
