@@ -186,7 +186,7 @@ def paper_numbers():
 
 
 def our_numbers(folder):
-    """{(dataset, shots, "ours"): accuracies over seeds} of the finished runs below a folder, and notes on them.
+    """{(dataset, shots, "ours"): accuracies over seeds} of the finished runs below a folder, their options, and notes.
 
     The methods other than SOT-GLP are called "our <method>". A run of the tiny model, with other options than the first
     one of its method, dataset and shots, or with a repeated seed, is left out by name.
@@ -210,12 +210,19 @@ def our_numbers(folder):
         numbers.setdefault(key, []).append(result["accuracy"])
         notes.append(f"{run}: {result['accuracy']:.2f} %, model {result['model']}, seed {result['seed']}"
                      + ", NOT CoOp's published split" * (result["split_matches_published"] is False))
-    return numbers, notes
+    return numbers, first, notes
+
+
+def mixed_options(configs):
+    """What differs between the options of some cells, dataset, shots and seeds aside: a list of texts."""
+    same = ("dataset", "shots", "seed", "split_seed")
+    return [text for config in configs[1:]
+            for text in runs.changes({**configs[0], **{name: config.get(name) for name in same}}, config)]
 
 
 def print_tables(folder):
     """Tables 1 and 4 with ours beside the paper's numbers, blank where nothing ran; also table.csv in the folder."""
-    ours, notes = our_numbers(folder)
+    ours, configs, notes = our_numbers(folder)
     our_methods = list(dict.fromkeys(["ours", *(method for _, _, method in ours)]))
     numbers = paper_numbers()
     datasets = list(dict.fromkeys(dataset for dataset, _, _ in numbers))
@@ -223,15 +230,21 @@ def print_tables(folder):
     for shots in SHOTS:                                 # averages of every method, over the datasets alone that ran
         ran = [dataset for dataset in datasets if any((dataset, shots, method) in ours for method in our_methods)]
         for method in dict.fromkeys((*TABLE_1, *TABLE_4, *our_methods)):
-            values = [statistics.mean(numbers[d, shots, method]) for d in ran if (d, shots, method) in numbers]
-            numbers |= {("average", shots, method): [statistics.mean(values)]} if values else {}
+            keys = [(dataset, shots, method) for dataset in ran if (dataset, shots, method) in numbers]
+            mixed = mixed_options([configs[key] for key in keys if key in configs])
+            if mixed:
+                notes.append(f"no average of {method} at {shots} shots: the datasets ran with different options "
+                             f"({mixed[0]})")
+            elif keys:
+                numbers["average", shots, method] = [statistics.mean(statistics.mean(numbers[key]) for key in keys)]
 
     def row(label, keys):
         cells = [mean_and_spread(numbers.get(key, []), 2 if key[2] in our_methods else 1) for key in keys]
         print(f"{label:15s}" + "".join(f"{cell:>18s}" for cell in cells))
 
     print("All columns but our own are the paper's printed numbers; averages are over the datasets that ran here.\n"
-          "A cell of ours is the mean of runs of one configuration, that of the first by name; model tiny is left out.")
+          "A cell of ours is the mean of runs of one configuration, that of the first by name; so is an average over\n"
+          "datasets. Runs of model tiny are left out.")
     print("\nTable 1, 16 shots" + "".join(f"{name:>18s}" for name in (*TABLE_1, *our_methods))[2:])
     for dataset in (*datasets, "average"):
         row(dataset, [(dataset, 16, method) for method in (*TABLE_1, *our_methods)])

@@ -362,6 +362,17 @@ def test_options_of_mere_practice_do_not_part_runs(tmp_path, capsys):
     assert table_1["eurosat"][-3:] == ["92.00", "+-", "2.83"]            # sd of 90 and 94
 
 
+def test_datasets_that_ran_with_other_options_have_no_average(tmp_path, capsys):
+    result(tmp_path / "a", accuracy=90.0)
+    result(tmp_path / "b", "dtd", 70.0, seed=2)
+    table_1, _, printed = table(tmp_path, capsys)
+    assert table_1["average"][-1] == "80.00" and "no average" not in printed       # another seed is no other option
+    result(tmp_path / "c", "ucf101", 80.0, lr=0.1)
+    table_1, _, printed = table(tmp_path, capsys)
+    assert len(table_1["average"]) == 4                                            # the paper's alone
+    assert "no average of ours at 16 shots: the datasets ran with different options (lr was 0.05, is 0.1)" in printed
+
+
 def test_a_table_of_nothing_says_so(tmp_path, capsys):
     table_1, _, printed = table(tmp_path, capsys)
     assert table_1["eurosat"] == ["48.3", "84.9", "90.1", "91.7"] and "nothing ran yet" in printed
