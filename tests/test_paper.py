@@ -122,6 +122,7 @@ def test_cells_of_table_4_that_belong_elsewhere():
     copied = [name for name, line in coop.items()
               if line["16"] == table_1[name]["Linear Probe"] != table_1[name]["CoOp"]]
     assert copied == ["caltech101", "oxford_pets", "oxford_flowers", "fgvc_aircraft", "eurosat"]
+    assert CELLS["Table 4, CoOp at 16 shots on Caltech101, Pets, Flowers102, Aircraft, EuroSAT"][0] == "CoOp"
     assert all(coop["food101"][shots] == coop["ucf101"][shots] for shots in columns(coop["food101"]))
     assert table_1["food101"]["CoOp"] != coop["food101"]["16"]
     assert CELLS["Table 4, CoOp on Food101"] == ["five cells", "those of UCF101"]
