@@ -418,5 +418,5 @@ class SOTGLP(Method):
     @torch.no_grad()
     def diagnostics(self, images, labels):
         """How the local prompts specialise on a batch, without gradient, for the log: {name: (B,)}.  Figure 2"""
-        patches, local_text = self.encode_images(images)[1], self.encode_prompts()[1]   # (B, P, D), (C, L, D)
-        return specialisation(patches, local_text, labels, self.n_support, self.epsilon, self.n_iters)
+        (_, patches), text = self.encode_images(images), self.encode(self.local_prompts)   # (B, P, D), (C, L, D)
+        return specialisation(patches, text, labels, self.n_support, self.epsilon, self.n_iters)
