@@ -41,6 +41,14 @@ class Attention(nn.Module):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         return qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
+    def project_one(self, x, one):
+        """The query of one token, (B, 1, W), keys and values of all of x: -> (B, H, 1, W/H), two (B, H, S, W/H)."""
+        W = x.shape[-1]
+        q = F.linear(one, self.in_proj_weight[:W], self.in_proj_bias[:W])
+        kv = F.linear(x, self.in_proj_weight[W:], self.in_proj_bias[W:])
+        return (q.unflatten(-1, (self.heads, -1)).transpose(1, 2),
+                *kv.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4))
+
     def merge(self, heads):
         """Joins the heads and applies the output projection: (B, H, S, W/H) -> (B, S, W)."""
         return self.out_proj(heads.transpose(1, 2).flatten(2))
@@ -79,6 +87,25 @@ class Block(nn.Module):
         z = z + self.attn.merge(F.scaled_dot_product_attention(v, v, v))
         x = x + self.attn.merge(F.scaled_dot_product_attention(q, k, v))
         return self.add_mlp(x), z
+
+    def forward_one(self, x, place=0, causal=False):
+        """This block for the token at one place of each sequence: x (B, S, W), place (B,) or a number -> (B, W).
+
+        why: nobody reads the other tokens after the last block. Of them it needs keys and values, but no perceptron.
+        """
+        rows, h = torch.arange(len(x), device=x.device), self.ln_1(x)
+        q, k, v = self.attn.project_one(h, h[rows, place][:, None])
+        seen = torch.arange(x.shape[1], device=x.device) <= place[:, None, None, None] if causal else None
+        x = x[rows, place][:, None] + self.attn.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=seen))
+        return self.add_mlp(x)[:, 0]
+
+    def forward_dual_last(self, x, z):
+        """forward_dual for what is read of the last block: CLS of CLIP's own stream (B, W), patches of z (B, P, W)."""
+        h = self.ln_1(x)
+        q, k, v = self.attn.project_one(h, h[:, :1])
+        z = z[:, 1:] + self.attn.merge(F.scaled_dot_product_attention(v[:, :, 1:], v, v))
+        x = x[:, :1] + self.attn.merge(F.scaled_dot_product_attention(q, k, v))
+        return self.add_mlp(x)[:, 0], z
 
     def forward_value(self, x):
         """This block with its attention matrix replaced by the identity: each token sees itself alone."""
@@ -119,18 +146,17 @@ class VisionTransformer(nn.Module):
         if stream not in STREAMS:
             raise ValueError(f"unknown patch stream {stream!r}: choose one of {', '.join(STREAMS)}")
         x = z = self.embed(images)                                                 # Sec. 3.2: Z_0^ori = Z_0^vv = Z_0
+        *blocks, last = self.transformer.resblocks
+        for block in blocks:
+            x, z = block.forward_dual(x, z) if stream == "vv" else (block(x), None)
         if stream == "vv":
-            for block in self.transformer.resblocks:
-                x, z = block.forward_dual(x, z)
+            cls, patches = last.forward_dual_last(x, z)
+        elif stream == "value":
+            cls, patches = last.forward_one(x), last.forward_value(x[:, 1:])
         else:
-            *blocks, last = self.transformer.resblocks
-            for block in blocks:
-                x = block(x)
-            if stream == "value":
-                x, z = last(x), last.forward_value(x)
-            else:
-                x = z = last(x)
-        return self.ln_post(x[:, 0]), self.ln_post(z[:, 1:])
+            x = last(x)
+            cls, patches = x[:, 0], x[:, 1:]
+        return self.ln_post(cls), self.ln_post(patches)
 
 
 class CLIP(nn.Module):
@@ -173,8 +199,11 @@ class CLIP(nn.Module):
 
     def encode_image(self, images):
         """Images (B, 3, R, R) -> image features (B, D), not normalised, as OpenAI's."""
-        cls, _ = self.visual(images, stream="qk")
-        return cls @ self.visual.proj
+        x = self.visual.embed(images)
+        *blocks, last = self.visual.transformer.resblocks
+        for block in blocks:
+            x = block(x)
+        return self.visual.ln_post(last.forward_one(x)) @ self.visual.proj
 
     def encode_embeddings(self, embeddings, eot):
         """Token embeddings (n, S, W) and the places of their [EOT] (n,) -> text features (n, D), not normalised.
@@ -182,9 +211,10 @@ class CLIP(nn.Module):
         This is how learned prompts enter the text tower (Eq. 1): S may be any length up to the context length.
         """
         x = embeddings + self.positional_embedding[: embeddings.shape[1]]
-        for block in self.transformer.resblocks:
+        *blocks, last = self.transformer.resblocks
+        for block in blocks:
             x = block(x, causal=True)
-        return self.ln_final(x[torch.arange(len(x), device=x.device), eot]) @ self.text_projection
+        return self.ln_final(last.forward_one(x, eot, causal=True)) @ self.text_projection
 
     def encode_text(self, tokens):
         """Token ids (n, S) from `clip.tokenize` -> text features (n, D), not normalised, as OpenAI's."""

@@ -14,6 +14,7 @@ from sotglp import SOTGLP, local_logits
 
 W, LAYERS, P, D = 128, 2, 16, 32           # of the random CLIP; both towers have the same width and depth
 BLOCK = 3 * W * W + W * W + 8 * W * W      # multiplications per token: Q, K, V; output projection; perceptron
+KEYS, READ = 2 * W * W, 10 * W * W         # of the last block: K, V of every token; the rest for the one that is read
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +32,22 @@ def multiplications(function):
 
 def test_second_stream_costs_one_output_projection_per_block(clip_model):
     images, tokens = torch.randn(2, 3, 32, 32), 2 * (1 + P)
-    embedding = 2 * P * 3 * 8 * 8 * W
+    embedding, first = 2 * P * 3 * 8 * 8 * W, LAYERS - 1
     assert multiplications(lambda: clip_model.encode_patches(images, "qk")) == embedding + tokens * LAYERS * BLOCK
-    assert multiplications(lambda: clip_model.encode_patches(images)) == embedding + tokens * LAYERS * (BLOCK + W * W)
+    # of the last block CLS is read in one stream, the patches in the other: 2 images, 2 P patches
+    last = tokens * KEYS + 2 * READ + 2 * P * W * W
+    assert multiplications(lambda: clip_model.encode_patches(images)) == \
+        embedding + tokens * first * (BLOCK + W * W) + last
 
 
 def test_what_reads_an_image_feature_or_a_text_computes_nothing_else(clip_model):
-    # the ordinary stream alone; and a text no further than the longest [EOT]: [SOS] 3 words [EOT] are 5 tokens
+    # the ordinary stream alone; and a text no further than the longest [EOT]: [SOS] 3 words [EOT] are 5 tokens.
+    # In the last block, only CLS and [EOT] are more than keys and values.
     images, tokens = torch.randn(2, 3, 32, 32), clip.tokenize(["cat", "a red dog"])
-    image = 2 * (P * 3 * 8 * 8 * W + (1 + P) * LAYERS * BLOCK + W * D)
+    token = (LAYERS - 1) * BLOCK + KEYS
+    image = 2 * (P * 3 * 8 * 8 * W + (1 + P) * token + READ + W * D)
     assert multiplications(lambda: clip_model.encode_image(images)) == image
-    assert multiplications(lambda: clip_model.encode_text(tokens)) == 2 * (5 * LAYERS * BLOCK + W * D)
+    assert multiplications(lambda: clip_model.encode_text(tokens)) == 2 * (5 * token + READ + W * D)
 
 
 def test_text_tower_sees_no_token_behind_the_longest_name_of_a_chunk(clip_model):
@@ -49,7 +55,7 @@ def test_text_tower_sees_no_token_behind_the_longest_name_of_a_chunk(clip_model)
     names, prompts = ["cat", "annual crop land", "dog", "sea lake"], 8
     for chunk, longest in {200: (9, 9, 9, 9), 2: (7, 7, 9, 9), 1: (7, 7, 8, 9)}.items():
         model = SOTGLP(clip_model, names, text_chunk=chunk)
-        expected = prompts * (sum(longest) * LAYERS * BLOCK + len(names) * W * D)
+        expected = prompts * (sum(longest) * ((LAYERS - 1) * BLOCK + KEYS) + len(names) * (READ + W * D))
         assert multiplications(lambda: model.encode_prompts()) == expected
 
 

@@ -139,6 +139,40 @@ def test_text_features_equal_the_reference_over_the_whole_context(any_clip):
     assert_near(any_clip.encode_embeddings(embeddings, torch.tensor([3, 11, 1])), expected)
 
 
+def gradient(function, x):
+    x = x.clone().requires_grad_()
+    function(x).square().sum().backward()
+    return x.grad
+
+
+def test_gradients_of_what_is_read_are_those_through_all_rows_of_the_last_block(any_clip):
+    *blocks, last = any_clip.transformer.resblocks
+    texts, eot = torch.randn(3, 7, any_clip.ln_final.weight.shape[0]), torch.tensor([3, 6, 1])
+
+    def all_rows(texts):
+        x = texts + any_clip.positional_embedding[:7]
+        for block in (*blocks, last):
+            x = block(x, causal=True)
+        return any_clip.ln_final(x[torch.arange(3), eot]) @ any_clip.text_projection
+
+    assert_near(gradient(lambda texts: any_clip.encode_embeddings(texts, eot), texts), gradient(all_rows, texts))
+
+
+def test_last_block_of_both_streams_gives_what_is_read_of_all_rows(any_clip):
+    last, tokens = any_clip.visual.transformer.resblocks[-1], torch.randn(2, 10, any_clip.visual.proj.shape[0])
+
+    def read(x):
+        cls, patches = last.forward_dual_last(x, 2 * x)
+        return torch.cat([cls[:, None], patches], dim=1)
+
+    def all_rows(x):
+        x, z = last.forward_dual(x, 2 * x)
+        return torch.cat([x[:, :1], z[:, 1:]], dim=1)
+
+    assert_near(read(tokens), all_rows(tokens))
+    assert_near(gradient(read, tokens), gradient(all_rows, tokens))
+
+
 def test_value_stream_ignores_the_other_tokens_of_the_last_block():
     # with a single block, each patch token of this stream depends on its own patch alone
     model = random_clip(layers=1)
