@@ -217,8 +217,9 @@ class ClassTexts:
             tokens, eot = tokenize_names(self.class_names, n_context, self.clip.context_length, suffix)
             order = eot.argsort(stable=True)
             # why: every world-th of the sorted names, so that the processes have equal work; chunks, to bound memory
+            share = order[rank::world]
             chunks = [(classes.to(device), max(eot[classes].tolist(), default=1) + 1)
-                      for classes in order[rank::world].split(self.text_chunk)]
+                      for classes in share.tensor_split(cuts(eot[share].tolist(), self.text_chunk))]
             self.tokenized[n_context, suffix] = tokens.to(device), eot.to(device), chunks, order.to(device)
         return self.tokenized[n_context, suffix]
 
@@ -251,6 +252,19 @@ def tokenize_names(class_names, n_context, context_length, suffix=""):
             raise ValueError(f"class name {name!r} is too long: [SOS], {n_context} prompt tokens, the name and [EOT] "
                              f"must fit into {context_length} tokens")
     return tokens[:, : int(eot.max()) + 1], eot
+
+
+def cuts(lengths, most):
+    """Where a sorted list of lengths is cut into chunks: at `most` items at the latest, and where lengths grow.
+
+    why where they grow: a chunk is as long as its longest name, so it should hold no other lengths. why not always: a
+    chunk of few classes keeps a GPU waiting for its next command.
+    """
+    found, start = [], 0
+    for i in range(1, len(lengths)):
+        if i - start == most or (lengths[i] > lengths[i - 1] and i - start >= most // 8):
+            found.append(start := i)
+    return found
 
 
 def gather_shares(share, n_classes, rank, world):

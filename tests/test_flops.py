@@ -51,9 +51,10 @@ def test_what_reads_an_image_feature_or_a_text_computes_nothing_else(clip_model)
 
 
 def test_text_tower_sees_no_token_behind_the_longest_name_of_a_chunk(clip_model):
-    # names of 1, 1, 2 and 3 tokens; with [SOS], 4 prompt tokens and [EOT] that is 7, 7, 8 and 9
+    # names of 1, 1, 2 and 3 tokens; with [SOS], 4 prompt tokens and [EOT] that is 7, 7, 8 and 9.
+    # A chunk ends where the next name is longer, if it has an eighth of what it may have: at most 16, at least 2
     names, prompts = ["cat", "annual crop land", "dog", "sea lake"], 8
-    for chunk, longest in {200: (9, 9, 9, 9), 2: (7, 7, 9, 9), 1: (7, 7, 8, 9)}.items():
+    for chunk, longest in {200: (9, 9, 9, 9), 16: (7, 7, 9, 9), 2: (7, 7, 8, 9), 1: (7, 7, 8, 9)}.items():
         model = SOTGLP(clip_model, names, text_chunk=chunk)
         expected = prompts * (sum(longest) * ((LAYERS - 1) * BLOCK + KEYS) + len(names) * (READ + W * D))
         assert multiplications(lambda: model.encode_prompts()) == expected
