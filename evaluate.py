@@ -113,7 +113,8 @@ def report(folder, model, counts, config, started, **more):
                "learned_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
                "threads": torch.get_num_threads(), "precision": runs.precision(config["amp"]),
                "seconds": round(time.time() - started, 1), **more}
-    named = {name: config[name] for name in ("method", "dataset", "model", "shots", "seed", "split_seed")}
+    named = {name: config[name] for name in ("method", "recipe", "dataset", "model", "shots", "seed", "split_seed")
+             if name in config}                          # why: one method alone has a choice of recipes
     write_per_class(folder / "per_class.csv", model.class_names, counts)
     runs.write_json(folder / "result.json", {**figures, **named, "config": config, "versions": runs.versions()})
     written = [name for name in ("result.json", "per_class.csv", "log.jsonl", "last.pt") if (folder / name).exists()]

@@ -26,6 +26,7 @@ import data
 import evaluate
 import runs
 from download import SUFFIXES, absolute
+from methods import released
 from sotglp import project
 
 TEMPLATE = "a photo of a {}"     # as in MCM and GL-MCM, for every dataset; CoOp's templates end in a full stop
@@ -275,8 +276,8 @@ def parse_args(argv=None):
         "(the run's own, else $DATA_ROOT, else ./data)")
     add("--ood-root", action="append", default=[], metavar="NAME=DIR",
         help="pictures below DIR, at any depth, are an OOD set; may be repeated; replaces the dataset's usual ones")
-    add("--temperature", type=float, default=1.0, help="of the softmax over raw cosines; 1 in every paper, 1000 in the "
-        "released training script: nearly a linear score (%(default)s)")
+    add("--temperature", type=float, help="of the softmax over raw cosines; 1 in every paper, 1000 in the released "
+        "training script: nearly a linear score (1, and 1000 for a RUN of --recipe released)")
     add("--local-weight", type=float, default=1.0, help="of L-MCM in GL-MCM; 1 for SOT-GLP, GalLoP and LoCoOp, 0.5 in "
         "GL-MCM's own ImageNet script (%(default)s)")
     add("--csv", metavar="FILE", help="path, set, GL-MCM score and predicted class of every picture: sort by score")
@@ -285,9 +286,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.run) == args.zero_shot:
         parser.error("name either a RUN or --zero-shot --dataset NAME")
-    if not (0 < args.temperature < math.inf and math.isfinite(args.local_weight)):
+    temperature = 1.0 if args.temperature is None else args.temperature
+    if not (0 < temperature < math.inf and math.isfinite(args.local_weight)):
         parser.error("--temperature must be positive and --local-weight finite, "
-                     f"got {args.temperature} and {args.local_weight}")
+                     f"got {temperature} and {args.local_weight}")
     pairs = [text.partition("=") for text in args.ood_root]
     args.ood_root = {name: folder for name, _, folder in pairs}
     if len(args.ood_root) < len(pairs) or not all(args.ood_root.values()) or {"", "ID", "mean"} & {*args.ood_root}:
@@ -321,6 +323,8 @@ def main(args):
         "dataset": args.dataset, "model": args.model or runs.default_model(args.dataset),
         "data_root": data.default_root(), "method": "zero-shot", "shots": 0, "split_seed": 1, "sampler": "exact"}}
     config = checkpoint["config"]
+    if args.temperature is None:
+        args.temperature = released.OOD_TEMPERATURE if config.get("recipe") == "released" else 1.0
     sets, class_names = find_pictures(args, config, checkpoint["class_names"])
     if args.csv:
         Path(args.csv).parent.mkdir(parents=True, exist_ok=True)

@@ -37,6 +37,8 @@ REPORTS = ("result.json", "per_class.csv", "evaluation.json", "evaluation.csv", 
 # What last.pt contains.
 CHECKPOINT = {"learned": dict, "optimizer": dict, "scaler": dict, "config": dict, "class_names": list, "data": dict,
               "clip_sha256": str, "threads": int, "epoch": int, "seconds": float, "log": list}
+# Options that runs of earlier versions do not name, and what they did.
+ADDED = {"method": "sotglp", "recipe": "paper", "local_mean": False, "vv_alias": False, "keep_underscores": False}
 # Options that change how a run is computed and stored, but not what is computed.
 PRACTICAL = {"data_root", "output_dir", "device", "workers", "amp", "text_chunk", "checkpoint_text"}
 
@@ -107,7 +109,7 @@ def read_checkpoint(run):
                  "class_names": (checkpoint["class_names"], str)}
         wrong = [name for name, (values, kind) in parts.items() if not all(isinstance(v, kind) for v in values)]
         config = checkpoint["config"]
-        config.setdefault("method", "sotglp")              # a run from before the other methods names none
+        config.update({**ADDED, **config})
         options = ["dataset", "model", "data_root", "shots", "seed", "split_seed", "sampler", "amp", "text_chunk",
                    "checkpoint_text"]
         if config["method"] in [*METHODS]:
@@ -136,7 +138,7 @@ def read_result(run):
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     if wrong:
         raise ValueError(f"{path} is damaged, or is not a file of this program: it has no {', '.join(wrong)}")
-    result["config"].setdefault("method", "sotglp")        # a run from before the other methods names none
+    result["config"] = {**ADDED, **result["config"]}
     return result
 
 

@@ -94,9 +94,14 @@ def local_logits(patches, text, scale, n_support=10, epsilon=0.1, n_iters=20, pl
     similarity, _ = sparse_support(similarity, n_support)                          # (B, C, K, L)
     cost = 1 - similarity                                                          # Sec. 3.4: C_uv = 1 - sim_uv
     plan = sinkhorn(cost if plan_gradient else cost.detach(), epsilon=epsilon, n_iters=n_iters)
-    # Eq. 10: phi_bc = sum_kl plan_bckl similarity_bckl.  differs: the released code divides this by L.
+    # Eq. 10: phi_bc = sum_kl plan_bckl similarity_bckl
     phi = (plan * similarity).sum(dim=(-2, -1))                                    # (B, C)
     return scale * phi, plan                                                       # Eq. 11: s_bc = phi_bc / tau
+
+
+def local_mean_logits(patches, text, scale, *options):
+    """The released code's local logits: the mean over the L prompts for the sum in Eq. 10, so `local_logits` / L."""
+    return local_logits(patches, text, scale / text.shape[1], *options)
 
 
 # ---- Sec. 3.5: training objective and inference --------------------------------------------------------------
@@ -181,11 +186,14 @@ class ClassTexts:
 
     clip_model: a `clip.CLIP`; class_names: C strings, in the order of their labels. text_chunk: classes that go through
     the text tower at once; checkpoint_text: compute the activations again in the backward pass instead of keeping them;
-    ranks: (rank, world) of the processes that share the work.
+    ranks: (rank, world) of the processes that share the work. keep_underscores: they become spaces otherwise.
     """
 
-    def __init__(self, clip_model, class_names, text_chunk=200, checkpoint_text=False, ranks=(0, 1)):
-        self.clip, self.class_names, self.ranks = clip_model, class_names, ranks
+    def __init__(self, clip_model, class_names, text_chunk=200, checkpoint_text=False, ranks=(0, 1),
+                 keep_underscores=False):
+        self.clip, self.ranks = clip_model, ranks
+        # differs: the released code keeps "_"
+        self.class_names = class_names if keep_underscores else [name.replace("_", " ") for name in class_names]
         self.text_chunk, self.checkpoint_text = text_chunk, checkpoint_text
         self.tokenized = {}
 
@@ -242,9 +250,9 @@ class ClassTexts:
 def tokenize_names(class_names, n_context, context_length, suffix=""):
     """[SOS] name suffix [EOT] of every class, cut after the longest: tokens (C, S), places of [EOT] (C,).
 
-    Underscores become spaces. Raises ValueError for a name that leaves no room for n_context prompt tokens.
+    Raises ValueError for a name that leaves no room for n_context prompt tokens.
     """
-    names = [name.replace("_", " ") + suffix for name in class_names]              # differs: released code keeps "_"
+    names = [name + suffix for name in class_names]
     tokens = torch.stack([clip.tokenize(name, context_length, truncate=True)[0] for name in names])
     eot = tokens.argmax(dim=-1)                                                    # [EOT] has the largest id
     for name, end in zip(names, eot.tolist()):
@@ -354,11 +362,12 @@ class SOTGLP(Method):
 
     def __init__(self, clip_model, class_names, *, n_global=4, n_local=4, n_support=10, epsilon=0.1, n_iters=20,
                  lambda_local=0.25, prompt_dropout=0.75, local_projection=True, vv_attention=True, class_specific=True,
-                 plan_gradient=True, **texts):
-        super().__init__(clip_model, class_names, **texts)
+                 plan_gradient=True, local_mean=False, vv_alias=False, keep_underscores=False, **texts):
+        super().__init__(clip_model, class_names, keep_underscores=keep_underscores, **texts)
         self.n_support, self.epsilon, self.n_iters, self.plan_gradient = n_support, epsilon, n_iters, plan_gradient
         self.lambda_local, self.prompt_dropout = lambda_local, prompt_dropout
-        self.stream = "vv" if vv_attention else "qk"
+        self.local_score = local_mean_logits if local_mean else local_logits
+        self.stream = "qk" if not vv_attention else "vv_alias" if vv_alias else "vv"
 
         template = self.word_vectors(TEMPLATE)                                     # (M, W)
         M, W = template.shape
@@ -393,8 +402,8 @@ class SOTGLP(Method):
 
     def local(self, patches, text):
         """The local branch: unit patches (B, P, D), texts (C, L, D) -> logits (B, C).  Eq. 7-11"""
-        return local_logits(patches, text, self.scale, self.n_support, self.epsilon, self.n_iters,
-                            self.plan_gradient)[0]
+        return self.local_score(patches, text, self.scale, self.n_support, self.epsilon, self.n_iters,
+                                self.plan_gradient)[0]
 
     def encode_images(self, images):
         """Both streams of the image tower in the joint space: unit (B, D), (B, P, D).  Eq. 2-3

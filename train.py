@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import evaluate
 import runs
-from methods import METHODS, OPTIONS
+from methods import METHODS, OPTIONS, released
 
 
 # ---- options -------------------------------------------------------------------------------------------------
@@ -51,6 +51,9 @@ METHOD_HELP = {
     "no_vv": "ordinary patch tokens in place of the V-V stream (Table 2)",
     "shared_local": "one set of local prompts for all classes (Table 2)",
     "no_plan_gradient": "hold the transport plan constant, as the released code",
+    "local_mean": "mean over the local prompts in place of Eq. 10's sum, as the released code",
+    "vv_alias": "add the first block's Q-K attention to the V-V stream, as the released code",
+    "keep_underscores": "leave them in class names, as the released code; they become spaces otherwise",
     "n_context": "learned vectors in front of a class name",
     "words": "words to start from, such as 'a photo of a'; they replace --n-context",
     "class_specific": "a context of its own for each class",
@@ -66,6 +69,8 @@ def parse_args(argv=None):
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--method", choices=METHODS, default="sotglp")
+    first.add_argument("--recipe")
+    first.add_argument("--dataset")
     first.add_argument("--resume", nargs="?", const=True)
     known, _ = first.parse_known_args(argv)
     saved = {}
@@ -73,6 +78,8 @@ def parse_args(argv=None):
         with runs.plain_errors():
             saved = {**runs.read_checkpoint(known.resume)["config"], "output_dir": known.resume}
     parser = make_parser(saved.get("method", known.method))
+    if known.recipe == "released":
+        parser.set_defaults(**released.options(known.dataset))
     args, unknown = parser.parse_known_args(argv, argparse.Namespace(**saved))
     if unknown:
         parser.error(f"{args.method} has no {' '.join(unknown)}: --method {args.method} --help lists what it has")
@@ -96,6 +103,9 @@ def make_parser(method):
                                      allow_abbrev=False)
     add, recipe = parser.add_argument, METHODS[method].DEFAULTS
     add("--method", choices=METHODS, default=method, help="what is trained; it decides the defaults (%(default)s)")
+    if method == "sotglp":
+        add("--recipe", choices=("paper", "released"), default="paper",
+            help="the defaults are the paper's, or those of the authors' script for the dataset (%(default)s)")
     add("--dataset", choices=sorted(data.DATASETS), default="critters", help="critters needs no files (%(default)s)")
     add("--data-root", help="folder that holds the datasets' folders ($DATA_ROOT, else ./data)")
     add("--model", help="%s or a weights file (tiny for critters, else ViT-B/16)" % ", ".join(clip.available_models()))
@@ -131,6 +141,9 @@ def make_parser(method):
         flag, text = "--" + option.replace("_", "-"), METHOD_HELP.get(option, "")
         if default is False:
             add(flag, action="store_true", help=text)
+            # why: what a recipe switches on can be switched off
+            add("--" + flag[5:] if flag.startswith("--no-") else "--no-" + flag[2:], action="store_false", dest=option,
+                default=False, help=argparse.SUPPRESS)
         else:       # None stands for a text in --words, for a number elsewhere
             several = isinstance(default, tuple)
             kind = str if option == "words" else int if several or default is None else type(default)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-STREAMS = ("vv", "qk", "value")
+STREAMS = ("vv", "qk", "value", "vv_alias")
 LIMIT = 4 * 2**30                  # bytes that the weights may take: twice what the largest of OpenAI's take in float32
 VOCABULARY = 49408                 # token ids of CLIP's tokenizer
 BOOKKEEPING = {"input_resolution", "context_length", "vocab_size"}  # numbers that OpenAI stores among the weights
@@ -68,10 +68,12 @@ class Block(nn.Module):
     def add_mlp(self, x):
         return x + self.mlp(self.ln_2(x))
 
-    def forward(self, x, causal=False):
+    def attend(self, x, causal=False):
         q, k, v = self.attn.project(self.ln_1(x))
-        x = x + self.attn.merge(F.scaled_dot_product_attention(q, k, v, is_causal=causal))
-        return self.add_mlp(x)
+        return self.attn.merge(F.scaled_dot_product_attention(q, k, v, is_causal=causal))
+
+    def forward(self, x, causal=False):
+        return self.add_mlp(x + self.attend(x, causal))
 
     def forward_dual(self, x, z):
         """One block of both streams: x is CLIP's own stream, z collects V-V attention.  Eq. 2
@@ -83,7 +85,6 @@ class Block(nn.Module):
         """
         q, k, v = self.attn.project(self.ln_1(x))
         # Eq. 2: Z_l = Z_{l-1} + Proj(softmax(V V^T / sqrt(d)) V), d being the width of one head.
-        # differs: the released code also adds the first block's Q-K attention to z, by an in-place sum.
         z = z + self.attn.merge(F.scaled_dot_product_attention(v, v, v))
         x = x + self.attn.merge(F.scaled_dot_product_attention(q, k, v))
         return self.add_mlp(x), z
@@ -146,10 +147,12 @@ class VisionTransformer(nn.Module):
         if stream not in STREAMS:
             raise ValueError(f"unknown patch stream {stream!r}: choose one of {', '.join(STREAMS)}")
         x = z = self.embed(images)                                                 # Sec. 3.2: Z_0^ori = Z_0^vv = Z_0
+        if stream == "vv_alias":   # differs: the released code adds this too, by an in-place sum in the first block
+            z = z + self.transformer.resblocks[0].attend(z)
         *blocks, last = self.transformer.resblocks
         for block in blocks:
-            x, z = block.forward_dual(x, z) if stream == "vv" else (block(x), None)
-        if stream == "vv":
+            x, z = block.forward_dual(x, z) if stream.startswith("vv") else (block(x), None)
+        if stream.startswith("vv"):
             cls, patches = last.forward_dual_last(x, z)
         elif stream == "value":
             cls, patches = last.forward_one(x), last.forward_value(x[:, 1:])
@@ -192,8 +195,9 @@ class CLIP(nn.Module):
         """Images -> tokens after `ln_post`, before the joint projection.  Eq. 2
 
         images (B, 3, R, R) at the model's resolution R -> CLS (B, W), patches (B, P, W).
-        stream: "vv" the V-V stream; "qk" ordinary patch tokens (Table 2, "w/o V-V"); "value" the last block
-        with its attention matrix replaced by the identity (GL-MCM). Raises ValueError for any other.
+        stream: "vv" the V-V stream, "vv_alias" that of the released code; "qk" ordinary patch tokens (Table 2, "w/o
+        V-V"); "value" the last block with its attention matrix replaced by the identity (GL-MCM). Raises ValueError
+        for any other.
         """
         return self.visual(images, stream)
 

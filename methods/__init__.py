@@ -11,10 +11,12 @@ from sotglp import SOTGLP
 
 from methods.coop import CoOp
 from methods.gallop import GalLoP
+from methods.independent import IndependentTopK
 from methods.locoop import LoCoOp
 from methods.plot import PLOT
 
-METHODS = {"sotglp": SOTGLP, "coop": CoOp, "gallop": GalLoP, "plot": PLOT, "locoop": LoCoOp}
+METHODS = {"sotglp": SOTGLP, "coop": CoOp, "gallop": GalLoP, "plot": PLOT, "locoop": LoCoOp,
+           "independent": IndependentTopK}
 
 # Options of train.py that switch off what a method has by default, and what they switch off.
 SWITCHES = {"no_local_projection": "local_projection", "no_vv": "vv_attention", "shared_local": "class_specific",

@@ -540,7 +540,7 @@ def test_options_that_make_no_sense_are_refused(arguments, complaint, capsys):
 
 def test_options_that_make_sense_are_taken():
     args = ood.parse_args(["RUN", "--ood-root", "a=x=y", "--ood-root", "b=z", "--local-weight", "0"])
-    assert args.ood_root == {"a": "x=y", "b": "z"} and (args.temperature, args.local_weight) == (1, 0)
+    assert args.ood_root == {"a": "x=y", "b": "z"} and (args.temperature, args.local_weight) == (None, 0)
     args = ood.parse_args(["--zero-shot", "--temperature", "1000", "--local-weight", "-1"])
     assert (args.temperature, args.local_weight, args.workers) == (1000, -1, 0)
     assert (args.dataset, args.ood_root) == ("critters", {})

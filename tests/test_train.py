@@ -19,7 +19,8 @@ from conftest import EPOCHS, random_clip, read, train
 RECIPE = {"shots": 16, "seed": 1, "split_seed": 1, "sampler": "exact", "epochs": 50, "warmup_epochs": 5,
           "batch_size": 32, "lr": 0.05, "weight_decay": 0.01, "n_global": 4, "n_local": 4, "n_support": 10,
           "epsilon": 0.1, "n_iters": 20, "lambda_local": 0.25, "prompt_dropout": 0.75, "no_local_projection": False,
-          "no_vv": False, "shared_local": False, "no_plan_gradient": False, "cache_features": False,
+          "no_vv": False, "shared_local": False, "no_plan_gradient": False, "recipe": "paper",
+          "local_mean": False, "vv_alias": False, "keep_underscores": False, "cache_features": False,
           "checkpoint_text": False, "text_chunk": 200}
 
 
@@ -128,7 +129,10 @@ def arguments_of(monkeypatch, owner, name, options):
     ((), "local_projection", True), (("--no-local-projection",), "local_projection", False),
     ((), "vv_attention", True), (("--no-vv",), "vv_attention", False),
     ((), "class_specific", True), (("--shared-local",), "class_specific", False),
-    ((), "plan_gradient", True), (("--no-plan-gradient",), "plan_gradient", False)])
+    ((), "plan_gradient", True), (("--no-plan-gradient",), "plan_gradient", False),
+    ((), "local_mean", False), (("--local-mean",), "local_mean", True),
+    ((), "vv_alias", False), (("--vv-alias",), "vv_alias", True),
+    ((), "keep_underscores", False), (("--keep-underscores",), "keep_underscores", True)])
 def test_an_option_reaches_the_model(option, name, value, options, tmp_path, monkeypatch):
     found = arguments_of(monkeypatch, sotglp.SOTGLP, "__init__", (*options, *option, "--output-dir", tmp_path))
     assert found[name] == value and found["class_names"] == ["red clay", "sea", "wood"]
