@@ -3,6 +3,7 @@
     python compare.py                                                 every method on the embedded default, 3 seeds
     python compare.py --dataset eurosat dtd --shots 1 16 --data-root DIR --model ViT-B/16
     python compare.py --methods coop sotglp --epochs 20               what it does not know itself goes to train.py
+    python compare.py --ablations                                     variants of SOT-GLP beside it, see ablations.py
 
 Each run is one of train.py (or of methods/linear_probe.py) in a folder of its own below --output-dir. Stop it when you
 like: what is finished is not run again, and an interrupted run goes on where it was. Without a GPU two runs go at a
@@ -20,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import ablations
 import data
 import evaluate
 import ood
@@ -35,6 +37,8 @@ ROWS = {"zero_shot": ("zero-shot CLIP", None, "CLIP"), "linear_probe": ("linear 
         "locoop": ("LoCoOp", ["--method", "locoop"], "LoCoOp"), "gallop": ("GalLoP", ["--method", "gallop"], "GalLoP"),
         "sotglp": ("SOT-GLP", ["--method", "sotglp"], "SOT-GLP")}
 
+SECONDS = 120             # about what a run of the embedded default takes on one thread of an AMD EPYC (Zen 3)
+
 
 class Job(NamedTuple):
     """One run."""
@@ -43,7 +47,7 @@ class Job(NamedTuple):
     shots: int
     seed: int
     folder: Path
-    commands: list        # in this order: the run, and where there are OOD sets also ood.py
+    commands: dict        # {file that it writes: command}, in this order: the run, then what is measured of it
 
     def __str__(self):
         return f"{self.row}, {self.dataset}, {self.shots} shots, seed {self.seed}"
@@ -53,25 +57,29 @@ class Job(NamedTuple):
 
 def make_jobs(args):
     """All runs that the table needs."""
-    common = ["--device", args.device, *(("--data-root", args.data_root) if args.data_root else ()),
+    device = ["--device", args.device]
+    common = [*device, *(("--data-root", args.data_root) if args.data_root else ()),
               *(("--model", args.model) if args.model else ())]
     jobs = []
     for dataset in args.dataset:
         measure_ood = has_ood_sets(dataset, args.data_root or data.default_root())
         for shots in args.shots:
             for row in args.methods:
-                options = ROWS[row][1]
+                if row == "zero_shot":                     # every run measures it
+                    continue
+                options = args.rows[row][1]
                 # why one seed of the linear probe: with a fixed draw there is nothing random in it
-                for seed in args.seeds if options else args.seeds[:1]:
+                for seed in args.seeds if options is not None else args.seeds[:1]:
                     folder = Path(args.output_dir) / f"{row}-{dataset}-{shots}shot-seed{seed}".removeprefix("sotglp-")
                     which = ["--dataset", dataset, "--shots", str(shots), "--seed", str(seed), *common,
                              "--output-dir", str(folder)]
-                    if row == "linear_probe":
-                        jobs.append(Job(row, dataset, shots, seed, folder, [["-m", "methods.linear_probe", *which]]))
-                    elif options:
-                        commands = [["train.py", *options, *which, *args.more, "--resume"]]
-                        commands += [["ood.py", str(folder), "--device", args.device]] * measure_ood
-                        jobs.append(Job(row, dataset, shots, seed, folder, commands))
+                    commands = {"result.json": ["-m", "methods.linear_probe", *which] if options is None else
+                                ["train.py", *options, *which, *args.more, "--resume"]}
+                    if measure_ood and options is not None:
+                        commands["ood.json"] = ["ood.py", str(folder), *device]
+                    if args.ablations:
+                        commands["weights.json"] = ["ablations.py", str(folder), *device]
+                    jobs.append(Job(row, dataset, shots, seed, folder, commands))
     return jobs
 
 
@@ -86,7 +94,7 @@ def has_ood_sets(dataset, root):
 def check_finished(jobs):
     """Raises ValueError where a folder holds a run with other options: it must not stand in the table."""
     for job in jobs:
-        script, *options = job.commands[0]
+        script, *options = job.commands["result.json"]
         wanted = train.parse_args(options) if script == "train.py" else linear_probe.parse_args(options[1:])
         if (job.folder / "result.json").exists():
             config = runs.read_result(job.folder)["config"]
@@ -98,8 +106,7 @@ def check_finished(jobs):
 
 def missing(job):
     """The commands of a job that have not been run to their end."""
-    done = [(job.folder / name).exists() for name in ("result.json", "ood.json")]
-    return [command for command, is_done in zip(job.commands, done) if not is_done]
+    return [command for file, command in job.commands.items() if not (job.folder / file).exists()]
 
 
 def run_job(job, threads):
@@ -115,13 +122,21 @@ def run_job(job, threads):
     return ""
 
 
+def foresee(jobs, left, at_once):
+    """How long the runs that are left will take, by the median time of those that are finished."""
+    seconds = [runs.read_result(job.folder)["seconds"] for job in jobs if (job.folder / "result.json").exists()]
+    seconds = seconds or [SECONDS for job in left if (job.dataset, job.shots) == ("critters", 16)]
+    return f", about {statistics.median(seconds) * len(left) / at_once / 60:.0f} min" if left and seconds else ""
+
+
 def run_all(jobs, at_once, threads):
     """Runs what is missing, `at_once` jobs at a time, and says after each how long the rest will take.
 
     Raises ValueError, when all others are done, where runs failed.
     """
     left = [job for job in jobs if missing(job)]
-    print(f"{len(jobs)} runs, {len(jobs) - len(left)} finished already; {at_once} at a time", flush=True)
+    print(f"{len(jobs)} runs, {len(jobs) - len(left)} finished already; {at_once} at a time"
+          + foresee(jobs, left, at_once), flush=True)
     began, failed = time.time(), []
     pool = ThreadPoolExecutor(at_once)
     try:
@@ -154,6 +169,9 @@ def measure(jobs):
         if (job.folder / "ood.json").exists():
             table = json.loads((job.folder / "ood.json").read_text(encoding="utf-8"))["table"]
             found |= {row: cells["mean"]["auroc"] for row, cells in table.items()}
+        if "weights.json" in job.commands:
+            validation = ablations.read_weights(job.folder)["val"]
+            found |= {"validation": validation["fused"]} if validation else {}
         for column, value in found.items():
             values.setdefault(column, []).append(value)
     return values
@@ -190,7 +208,7 @@ def print_table(args, table):
             cells = [evaluate.mean_and_spread(values.get(column, []))
                      for column in ("accuracy", "mcm", "l_mcm", "gl_mcm", "s/epoch")]
             cells += [f"{values['parameters'][0]:,}" if values else "", *([paper.get(ROWS[row][2], "")] if paper else [])]
-            print(f"{ROWS[row][0]:26s}" + "".join(f"{cell:>16}" for cell in cells))
+            print(f"{args.rows[row][0]:26s}" + "".join(f"{cell:>16}" for cell in cells))
     print("\nA method's epochs, rate and batch are its own (train.py --method NAME --help). An OOD cell is empty where a "
           "method has no such score.")
 
@@ -206,12 +224,23 @@ def parse_args(argv=None):
         help="datasets, a table for each (critters)")
     add("--shots", nargs="+", type=int, default=[16], help="training images per class, a table for each (16)")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="runs of each method; the shots stay the same (1 2 3)")
-    add("--methods", nargs="+", choices=ROWS, default=[*ROWS], metavar="ROW", help="rows: " + ", ".join(ROWS))
+    add("--ablations", action="store_true", help="compare SOT-GLP with variants of itself")
+    add("--methods", nargs="+", metavar="ROW",
+        help=f"rows (all): {', '.join(ROWS)}; with --ablations {', '.join(ablations.ROWS)}")
     add("--data-root", help="folder that holds the datasets' folders ($DATA_ROOT, else ./data)")
     add("--model", help="a CLIP name or a weights file (tiny for critters, else ViT-B/16)")
     add("--device", default=runs.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
-    add("--output-dir", default="runs", help="the runs are folders of it (%(default)s)")
+    add("--output-dir", help="the runs are folders of it (runs, with --ablations ablations)")
     args, args.more = parser.parse_known_args(argv)
+    args.rows = ablations.ROWS if args.ablations else ROWS
+    args.methods = args.methods or [*args.rows]
+    # why apart: evaluate.py --table averages what is in runs/
+    args.output_dir = args.output_dir or ("ablations" if args.ablations else "runs")
+    unknown = {*args.methods} - {*args.rows}
+    if unknown:
+        parser.error(f"--methods has no row {', '.join(sorted(unknown))}: choose from {', '.join(args.rows)}")
+    if args.ablations and "full" not in args.methods:
+        args.methods = ["full", *args.methods]             # why: the others are compared with it
     return args
 
 
@@ -225,7 +254,10 @@ def main(args):
     at_once = 1 if on_gpu else min(2, os.cpu_count() or 1)
     run_all(jobs, at_once, threads=0 if on_gpu else 1)
     table = make_table(args, jobs)
-    print_table(args, table)
+    if args.ablations:
+        ablations.print_tables(args, table, jobs)
+    else:
+        print_table(args, table)
     runs.write_json(Path(args.output_dir) / "compare.json",
                     [{"dataset": dataset, "shots": shots, "row": row, **values}
                      for (dataset, shots), rows in table.items() for row, values in rows.items()])

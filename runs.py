@@ -6,6 +6,7 @@
     result.json    accuracies on the test split, configuration, versions; per_class.csv has them for each class
     evaluation.json, evaluation.csv    the same numbers from evaluate.py
     ood.json       the table of ood.py
+    weights.json   accuracies for several weights of the local branch, from ablations.py
 
 Read it from `open_run` (from a folder to a model) through the checks to the helpers for printing and writing.
 """
@@ -33,7 +34,8 @@ from methods import METHODS, OPTIONS, SWITCHES
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # What a run writes beside last.pt, log.jsonl and lock.
-REPORTS = ("result.json", "per_class.csv", "evaluation.json", "evaluation.csv", "ood.json")
+REPORTS = ("result.json", "per_class.csv", "evaluation.json", "evaluation.csv", "ood.json",
+           "weights.json")
 # What last.pt contains.
 CHECKPOINT = {"learned": dict, "optimizer": dict, "scaler": dict, "config": dict, "class_names": list, "data": dict,
               "clip_sha256": str, "threads": int, "epoch": int, "seconds": float, "log": list}

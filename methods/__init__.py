@@ -2,7 +2,7 @@
 
 A method is a `sotglp.Method`, whose docstring lists what a method has. To add one, write its file and add its line to
 METHODS; what its constructor takes behind the CLIP and the class names becomes options of train.py. linear_probe.py is
-a command of its own: it has no prompts and no epochs.
+a command of its own: it has no prompts and no epochs. released.py is the authors' recipe for SOT-GLP, no method.
 """
 
 import inspect
@@ -11,12 +11,12 @@ from sotglp import SOTGLP
 
 from methods.coop import CoOp
 from methods.gallop import GalLoP
-from methods.independent import IndependentTopK
 from methods.locoop import LoCoOp
 from methods.plot import PLOT
+from methods.variants import DenseTransport, IndependentTopK
 
 METHODS = {"sotglp": SOTGLP, "coop": CoOp, "gallop": GalLoP, "plot": PLOT, "locoop": LoCoOp,
-           "independent": IndependentTopK}
+           "independent": IndependentTopK, "dense": DenseTransport}
 
 # Options of train.py that switch off what a method has by default, and what they switch off.
 SWITCHES = {"no_local_projection": "local_projection", "no_vv": "vv_attention", "shared_local": "class_specific",

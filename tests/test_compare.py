@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+import ablations
 import compare
 import methods.linear_probe
 import train as script
+from conftest import copy, read
 
 ACCURACY = {("coop", 1): 80.0, ("coop", 2): 90.0, ("coop", 3): 85.0, ("sotglp", 1): 70.0, ("sotglp", 2): 71.0,
             ("sotglp", 3): 72.0, ("linear_probe", 1): 60.0}
@@ -23,6 +25,11 @@ def started(monkeypatch):
     def pretend(command, cwd, stdout, stderr, env):
         _, name, *options = command
         commands.append((name, *options))
+        if name == "ablations.py":
+            seed = int(options[0][-1])
+            test = {score: 50.0 + seed for score in ("fused", "global", "local", *map(str, ablations.WEIGHTS))}
+            (Path(options[0]) / "weights.json").write_text(json.dumps({"val": {**test, "fused": 40.0}, "test": test}))
+            return subprocess.CompletedProcess(command, 0)
         if name == "ood.py":
             table = {row: {"near": {"auroc": 1.0}, "mean": {"auroc": value}} for row, value in AUROC.items()}
             (Path(options[0]) / "ood.json").write_text(json.dumps({"table": table}))
@@ -36,7 +43,8 @@ def started(monkeypatch):
         (folder / "log.jsonl").write_text("".join(json.dumps({"seconds": s}) + "\n" for s in (9, 1, 2)))
         (folder / "result.json").write_text(json.dumps({
             **{key: config[key] for key in ("dataset", "model", "shots", "seed", "split_seed")}, "config": config,
-            "accuracy": ACCURACY[config["method"], args.seed], "zero_shot_accuracy": 31.0, "test_images": 960,
+            "accuracy": ACCURACY[config["method"], args.seed] - 10 * args.seed * config.get("no_vv", False),
+            "zero_shot_accuracy": 31.0, "test_images": 960, "seconds": 60.0,
             "learned_parameters": 2048}))
         return subprocess.CompletedProcess(command, 0)
 
@@ -99,7 +107,67 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(started, tmp_path, mo
     assert [(tmp_path / f"coop-critters-16shot-seed{seed}/result.json").exists() for seed in (1, 2, 3)] == [1, 0, 1]
 
 
+def test_ablations_stand_beside_the_full_method_paired_by_seed(started, tmp_path, capsys):
+    run(tmp_path, "--ablations", "--methods", "no_vv")
+    assert [name for name, *_ in started].count("train.py") == 6         # the full method too, though not named
+    assert (tmp_path / "no_vv-critters-16shot-seed3/weights.json").exists()
+    printed = capsys.readouterr().out
+    rows = {line[:32].strip(): line[32:].split() for line in printed.splitlines()}
+    # full: 70, 71, 72. w/o V-V: 60, 51, 42, so -10, -20, -30: mean -20, sd 10, standard error 10 / sqrt(3) = 5.77.
+    # Validation 40 and AUROC 75 are the same for all. The paper: 84.8 - 85.1 (Table 2), 92.9 - 93.2 (Table 3).
+    same = ["+-", "0.00", "+0.00", "+-", "0.00", "~"]
+    assert rows["SOT-GLP"] == ["40.00", "+-", "0.00", "71.00", "+-", "1.00", "75.00", "+-", "0.00"]
+    assert rows["w/o V-V"] == ["40.00", *same, "51.00", "+-", "9.00", "-20.00", "+-", "5.77", "75.00", *same,
+                               "-0.3,", "-0.3"]
+    # from weights.json of the full runs, 51, 52, 53: 11 above validation 40, -19 below the test
+    assert rows["local branch alone"] == ["52.00", "+-", "1.00", "+12.00", "+-", "0.58", "52.00", "+-", "1.00",
+                                          "-19.00", "+-", "0.00"]
+    assert {f"weight of the local branch {weight}" for weight in ablations.WEIGHTS} <= {*rows}
+    started.clear()
+    run(tmp_path, "--ablations", "--methods", "no_vv", "--seeds", "2")
+    assert not started and "-20.00 +- inf ~" in capsys.readouterr().out  # one pair: nothing to judge by
+
+
+def test_a_row_that_does_not_exist_is_refused(capsys):
+    for options, row in ((["--methods", "no_vv"], "no_vv"), (["--ablations", "--methods", "coop"], "coop")):
+        with pytest.raises(SystemExit):
+            compare.parse_args(options)
+        assert f"--methods has no row {row}" in capsys.readouterr().err
+
+
+def test_the_time_is_foretold_by_the_runs_that_are_finished(started, tmp_path, capsys):
+    # a finished run says 60 s: two more, two at a time, one minute
+    run(tmp_path, "--methods", "coop", "--seeds", "1")
+    run(tmp_path, "--methods", "coop")
+    assert "3 runs, 1 finished already; " in (printed := capsys.readouterr().out)
+    assert f", about {2 * 60 / min(2, compare.os.cpu_count()) / 60:.0f} min" in printed
+
+
+@pytest.mark.parametrize("row, changes", [
+    ("full", {}), ("no_vv", {"no_vv": True}), ("no_projection", {"no_local_projection": True}),
+    ("shared_local", {"shared_local": True}), ("uniform_plan", {"epsilon": 10_000}),
+    ("constant_plan", {"no_plan_gradient": True}), ("support_1", {"n_support": 1}), ("support_5", {"n_support": 5}),
+    ("support_20", {"n_support": 20}), ("n_local_1", {"n_local": 1}), ("n_local_2", {"n_local": 2}),
+    ("n_local_8", {"n_local": 8}), ("n_global_1", {"n_global": 1}), ("n_global_2", {"n_global": 2}),
+    ("n_global_8", {"n_global": 8}), ("no_dropout", {"prompt_dropout": 0}), ("epsilon_1", {"epsilon": 1}),
+    ("epsilon_0.01", {"epsilon": 0.01, "n_iters": 100})])
+def test_an_ablation_changes_one_thing(row, changes):
+    base, changed = (vars(script.parse_args(options)) for options in ([], ablations.ROWS[row][1]))
+    assert {name: changed[name] for name in changed if changed[name] != base[name]} == changes
+
+
+def test_weights_of_a_run_agree_with_its_result(trained, tmp_path):
+    run = copy(trained, tmp_path / "run")
+    ablations.main(ablations.parse_args([str(run), "--device", "cpu"]))
+    weights, (result, _, _) = ablations.read_weights(run), read(run)
+    assert weights["val"] == {}                                          # the folder has none
+    assert weights["test"]["0.25"] == weights["test"]["fused"] == result["accuracy"]
+    for branch in ("global", "local"):
+        assert weights["test"][branch] == result[f"{branch}_accuracy"]
+
+
 def test_every_method_has_a_row_and_every_row_a_method():
     # the options of each row are options of train.py, and each method stands in the table
-    trained = [script.parse_args(options).method for _, options, _ in compare.ROWS.values() if options]
+    rows = [*compare.ROWS.values(), *compare.ablations.ROWS.values()]
+    trained = [script.parse_args(row[1]).method for row in rows if row[1] is not None]
     assert {*trained} == {*compare.train.METHODS}

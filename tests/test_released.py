@@ -1,4 +1,4 @@
-"""The recipe of the authors' scripts, what it computes otherwise, and the ablation without a shared support."""
+"""The recipe of the authors' scripts, what it computes otherwise, and SOT-GLP with another local score."""
 
 import math
 
@@ -144,3 +144,10 @@ def test_a_run_from_before_the_recipes_is_the_papers(trained, options, tmp_path,
     assert runs.open_run(run)[0]["config"] == last["config"]
     train(*options, "--output-dir", run, "--resume")
     assert f"{run} is finished" in capsys.readouterr().out
+
+
+def test_dense_transport_keeps_all_patches(clip_model):
+    model = METHODS["dense"](clip_model, NAMES)
+    assert model.n_support == 16
+    patches, text = unit(torch.randn(2, 16, 32)), unit(torch.randn(3, 4, 32))
+    torch.testing.assert_close(model.local(patches, text), local_logits(patches, text, model.scale, 16)[0])

@@ -1,0 +1,25 @@
+"""SOT-GLP with another local score: what the ablations compare it with. All else is the same, and the paper's."""
+
+from methods import gallop
+from sotglp import SOTGLP
+
+
+class IndependentTopK(SOTGLP):
+    """Each local prompt keeps the patches that resemble it most, alone, as in GalLoP: no shared support, no transport.
+
+    n_support: how many. What log.jsonl says of a plan is of the one that is not used.
+    """
+
+    def __init__(self, clip_model, class_names, n_support=10, **texts):
+        super().__init__(clip_model, class_names, n_support=n_support, **texts)
+
+    def local(self, patches, text):
+        """Mean over the prompts of the mean over each one's K patches: (B, P, D), (C, L, D) -> logits (B, C)."""
+        return gallop.local_logits(patches, text, self.scale, self.n_support).mean(dim=-1)
+
+
+class DenseTransport(SOTGLP):
+    """All patches are transported, as in PLOT: K = P."""
+
+    def __init__(self, clip_model, class_names, **texts):
+        super().__init__(clip_model, class_names, n_support=len(clip_model.visual.positional_embedding) - 1, **texts)
