@@ -34,8 +34,7 @@ from methods import METHODS, OPTIONS, SWITCHES
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # What a run writes beside last.pt, log.jsonl and lock.
-REPORTS = ("result.json", "per_class.csv", "evaluation.json", "evaluation.csv", "ood.json",
-           "weights.json")
+REPORTS = ("result.json", "per_class.csv", "evaluation.json", "evaluation.csv", "ood.json", "weights.json")
 # What last.pt contains.
 CHECKPOINT = {"learned": dict, "optimizer": dict, "scaler": dict, "config": dict, "class_names": list, "data": dict,
               "clip_sha256": str, "threads": int, "epoch": int, "seconds": float, "log": list}

@@ -367,7 +367,7 @@ class SOTGLP(Method):
         self.n_support, self.epsilon, self.n_iters, self.plan_gradient = n_support, epsilon, n_iters, plan_gradient
         self.lambda_local, self.prompt_dropout = lambda_local, prompt_dropout
         self.local_score = local_mean_logits if local_mean else local_logits
-        self.stream = "qk" if not vv_attention else "vv_alias" if vv_alias else "vv"
+        self.stream = ("vv_alias" if vv_alias else "vv") if vv_attention else "qk"
 
         template = self.word_vectors(TEMPLATE)                                     # (M, W)
         M, W = template.shape

@@ -105,7 +105,8 @@ def make_parser(method):
     add("--method", choices=METHODS, default=method, help="what is trained; it decides the defaults (%(default)s)")
     if method == "sotglp":
         add("--recipe", choices=("paper", "released"), default="paper",
-            help="the defaults are the paper's, or those of the authors' script for the dataset (%(default)s)")
+            help="defaults of the paper, or of the authors' script for the dataset (methods/released.py); a switch that "
+                 "it sets has an opposite, such as --no-vv-alias, --plan-gradient (%(default)s)")
     add("--dataset", choices=sorted(data.DATASETS), default="critters", help="critters needs no files (%(default)s)")
     add("--data-root", help="folder that holds the datasets' folders ($DATA_ROOT, else ./data)")
     add("--model", help="%s or a weights file (tiny for critters, else ViT-B/16)" % ", ".join(clip.available_models()))

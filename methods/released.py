@@ -3,12 +3,12 @@
 The paper has one recipe for all datasets (Sec. 4); the scripts in the authors' repository have one for each. They also
 compute some things otherwise (PAPER.md). Every value is a default: an option that is given overrides it.
 
-Not reproduced: they drop the last batch of an epoch where it is too small, which here stays; they draw the shots of
-Aircraft from its training and validation pictures, here from training alone; they compute in half precision. Their
-fused score is half of ours, which changes no prediction.
+Not reproduced: they leave out a last batch that is not full, which here counts; they draw the shots of Aircraft from
+its training and validation pictures, here from training alone; they compute in half precision. Their fused score is
+half of ours, which changes no prediction.
 """
 
-# The same in all scripts. K, dropout, momentum and weight decay are the paper's.
+# The same in all scripts. K and weight decay are the paper's.
 ALL = {"warmup_epochs": 0,              # the paper: 5
        "n_global": 3,                   # the paper: 4
        "local_mean": True,              # divides the local score by L, where Eq. 10 has a sum over the prompts
