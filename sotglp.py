@@ -94,7 +94,7 @@ def local_logits(patches, text, scale, n_support=10, epsilon=0.1, n_iters=20, pl
     similarity, _ = sparse_support(similarity, n_support)                          # (B, C, K, L)
     cost = 1 - similarity                                                          # Sec. 3.4: C_uv = 1 - sim_uv
     plan = sinkhorn(cost if plan_gradient else cost.detach(), epsilon=epsilon, n_iters=n_iters)
-    # Eq. 10: phi_bc = sum_kl plan_bckl similarity_bckl
+    # Eq. 10: phi_bc = sum_kl plan_bckl similarity_bckl.  differs: the released code divides this by L.
     phi = (plan * similarity).sum(dim=(-2, -1))                                    # (B, C)
     return scale * phi, plan                                                       # Eq. 11: s_bc = phi_bc / tau
 
