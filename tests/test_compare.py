@@ -5,9 +5,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 import ablations
 import compare
+import evaluate
 import methods.linear_probe
 import train as script
 from conftest import copy, read
@@ -164,6 +166,19 @@ def test_weights_of_a_run_agree_with_its_result(trained, tmp_path):
     assert weights["test"]["0.25"] == weights["test"]["fused"] == result["accuracy"]
     for branch in ("global", "local"):
         assert weights["test"][branch] == result[f"{branch}_accuracy"]
+
+
+def test_each_weight_weighs_the_local_branch(trained, tmp_path, monkeypatch):
+    # global logits (1, 0), local ones (0, 3), class 1: from a weight above 1/3 on it wins
+    def test(model, items, dataset, amp):
+        scores = model.scores((torch.tensor([[1.0, 0]]), torch.tensor([[0.0, 3]])))
+        return evaluate.Counts({name: score.argmax(dim=1) * len(items) for name, score in scores.items()}, None)
+
+    monkeypatch.setattr(evaluate, "test", test)
+    ablations.score_weights(copy(trained, tmp_path / "run"), "cpu")
+    found = ablations.read_weights(tmp_path / "run")["test"]
+    assert found == {"fused": 0, "global": 0, "local": 100, "0.05": 0, "0.1": 0, "0.25": 0, "0.5": 100, "1.0": 100,
+                     "2.0": 100}
 
 
 def test_every_method_has_a_row_and_every_row_a_method():
