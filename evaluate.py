@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 import data
 import runs
+from methods import released
 from sotglp import global_logits, project, unit
 
 EVAL_BATCH = 32      # why no more: the activations of a larger batch leave a processor's cache
@@ -215,10 +216,18 @@ def our_numbers(folder):
 
 
 def mixed_options(configs):
-    """What differs between the options of some cells, dataset, shots and seeds aside: a list of texts."""
-    same = ("dataset", "shots", "seed", "split_seed")
-    return [text for config in configs[1:]
-            for text in runs.changes({**configs[0], **{name: config.get(name) for name in same}}, config)]
+    """What differs between the options of some cells, dataset, shots and seeds aside: a list of texts.
+
+    The released recipe counts as one configuration, though it sets other values for each dataset.
+    """
+    def general(config):
+        recipe = released.options(config["dataset"]) if config.get("recipe") == "released" else {}
+        config = {name: "the recipe's" if name in recipe and recipe[name] == value else value
+                  for name, value in config.items()}
+        return {**config, **dict.fromkeys(("dataset", "shots", "seed", "split_seed"))}
+
+    first, *others = map(general, configs or [{}])
+    return [text for other in others for text in runs.changes(first, other)]
 
 
 def print_tables(folder):
