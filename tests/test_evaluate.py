@@ -334,7 +334,7 @@ def test_table_puts_runs_beside_the_papers_numbers_and_leaves_blank_what_did_not
     result(tmp_path / "c", accuracy=10.0, seed=3, lr=1.0)                # another learning rate
     result(tmp_path / "d", accuracy=11.0, seed=2)                        # the same seed again
     result(tmp_path / "e", "dtd", 70.0, shots=4, published=True)
-    result(tmp_path / "0", "dtd", 1.0, shots=4, model="tiny")            # first by name, and yet not the one that counts
+    result(tmp_path / "0", "dtd", 1.0, shots=4, model="tiny")            # first by name, and does not count
     table_1, table_4, printed = table(tmp_path, capsys)
     assert table_1["eurosat"] == ["48.3", "84.9", "90.1", "91.7", "91.00", "+-", "1.41"]         # sd of 90 and 92
     assert table_1["dtd"] == ["44.1", "69.9", "75.5", "77.1"]
