@@ -3,19 +3,23 @@
 Read top to bottom: what nouns look like -> words -> a creature and its sentence -> drawing -> the stream of pictures
 that the tiny CLIP learns from -> the few-shot benchmark -> pictures out of distribution.
 
+    python critters.py --output FILE.png                 draws one picture of each class
+
 Everything that has a word is named by a phrase, such as "a red star" or "white horns". The phrase says how it is drawn
 and stands in captions; a mask says where it is.
 Each picture has its own random.Random: it depends on its seed, not on what was drawn before.
 """
 
+import argparse
 import functools
 import math
 import random
 import re
+import sys
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 SIZE = 64                                             # of a picture; drawn at twice that, for smooth edges
 
@@ -424,3 +428,28 @@ def read(path):
     """The picture that one of `paths` stands for."""
     split, label, index, odd, odd_index = PATH.fullmatch(path).groups()
     return ood_picture(odd, int(odd_index)) if odd else picture(split, int(label), int(index))
+
+
+# ---- the script ----
+
+def sheet():
+    """The first training picture of each class, with its name; the four near-twins of a kind stand side by side."""
+    page = Image.new("RGB", (8 * 132 - 4, 2 * 152 - 4), "white")
+    for label, name in enumerate(class_names()):
+        x, y = label % 8 * 132, label // 8 * 152
+        ImageDraw.Draw(page).text((x, y), name, INK, ImageFont.load_default(13))
+        page.paste(picture("train", label, 0).resize((128, 128), Image.NEAREST), (x, y + 20))
+    return page
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Draws one picture of each class into a file.")
+    parser.add_argument("--output", metavar="FILE", required=True, help="a name that ends in .png")
+    try:
+        sheet().quantize(256).save(parser.parse_args(argv).output)    # why 256 colours: a quarter of the size
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
