@@ -7,6 +7,7 @@
     evaluation.json, evaluation.csv    the same numbers from evaluate.py
     ood.json       the table of ood.py
     weights.json   accuracies for several weights of the local branch, from ablations.py
+    pictures/      what visualize.py drew
 
 Read it from `open_run` (from a folder to a model) through the checks to the helpers for printing and writing.
 """

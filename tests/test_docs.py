@@ -63,8 +63,8 @@ def test_readme_uses_options_that_exist(script, monkeypatch, capsys):
     assert used <= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "ood.py", "data.py", "runs.py", "sotglp.py",
-                                    "clip/__init__.py"])
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "ood.py", "visualize.py", "data.py", "runs.py",
+                                    "sotglp.py", "clip/__init__.py"])
 def test_the_wait_of_threads_is_bounded_before_torch_is_imported(script):
     # torch reads the variable once, when it is imported; clip/__init__.py sets it
     body = [ast.unparse(node) for node in ast.parse((PROJECT / script).read_text()).body]

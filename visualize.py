@@ -1,0 +1,327 @@
+"""Draws what a run has learned and how: the paper's Figure 2, the patch streams, a training batch, training curves.
+
+    python visualize.py RUN                                      Figure 2 for eight pictures of the test split
+    python visualize.py RUN --images a.jpg b.png --class NAME    for your own, with the prompts of a class you name
+    python visualize.py RUN --streams                            the same prompts on all three kinds of patch tokens
+    python visualize.py RUN --batch                              the first training batch, after augmentation
+    python visualize.py --curves RUN [RUN ...]                   every number of log.jsonl over the epochs
+
+PNG files go to RUN/pictures. Read Figure 2 beside Sec. 3.4: `look` computes what `figure_2` shows, in the panels of
+panels.py. A method without patches or a plan gets the panels that it has.
+"""
+
+import argparse
+import difflib
+import math
+import re
+import string
+from pathlib import Path
+from typing import NamedTuple
+
+import clip  # before torch: it bounds how long torch's threads wait
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+import data
+import runs
+from clip.loader import MEAN, STD
+from methods import METHODS
+from panels import (CURVES, FAINT, GAP, HEAT, INK, PAPER, SHADE, SMALL, WIDE, WIDTH, bar, chart, colours, enlarged,
+                    font, over, scale_bar, sheet, stack, text_panel, titled, write)
+from sotglp import SOTGLP, saliency, sinkhorn, sparse_support
+
+# ---- patches on pixels ----------------------------------------------------------------------------------------
+
+def as_seen(image):
+    """What the model gets, as a picture again: (3, R, R) after CLIP's transform -> R x R RGB."""
+    pixels = image.cpu() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    return Image.fromarray((255 * pixels).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
+
+
+def patch_box(patch, grid, side):
+    """Left, top, right, bottom of a patch in a picture of side x side pixels; patches run row by row."""
+    row, column = divmod(int(patch), grid)
+    return [round(side * i / grid) for i in (column, row, column + 1, row + 1)]
+
+
+def heat_map(picture, values, bounds, side, framed=()):
+    """Values of the patches (P,) over the picture, smooth between their middles; some patches framed and numbered.
+
+    bounds: the values at the ends of the colour scale.
+    """
+    grid = math.isqrt(len(values))
+    # why resize of "F": Pillow takes a pixel for a square, so the middle of each patch stays its middle
+    smooth = Image.fromarray(values.cpu().float().view(grid, grid).numpy()).resize((side, side), Image.BICUBIC)
+    shown = colours((np.asarray(smooth) - bounds[0]) / max(bounds[1] - bounds[0], 1e-9), HEAT)
+    panel = over(enlarged(picture, side), Image.fromarray(shown))
+    boxes = [patch_box(patch, grid, side) for patch in framed]
+    for inset, width, colour in ((0, 4, PAPER), (1, 2, INK)):
+        for left, top, right, bottom in boxes:
+            corners = left + inset, top + inset, right - 1 - inset, bottom - 1 - inset
+            ImageDraw.Draw(panel).rectangle(corners, outline=colour, width=width)
+    for i, (left, top, *_) in enumerate(boxes, 1):
+        ImageDraw.Draw(panel).text((left + 6, top + 4), str(i), PAPER, font(min(18, side // grid // 2)),
+                                   stroke_width=2, stroke_fill=INK)
+    return panel
+
+
+# ---- what the model makes of a picture ------------------------------------------------------------------------
+
+TRANSPORT = [METHODS[name] for name in ("sotglp", "dense", "plot")]    # the methods whose score has a plan
+
+
+class Look(NamedTuple):
+    """What is drawn of one picture. None: the method has no such thing."""
+    probabilities: dict                  # {score: (C,)}; the first score decides
+    label: int                           # the class whose prompts are shown
+    similarity: torch.Tensor             # (P, L): cosines of the patches with its prompts
+    support: torch.Tensor = None         # (K,): the patches kept, the most salient one first
+    plan: torch.Tensor = None            # (K, L), rows in this order
+
+
+@torch.no_grad()
+def look(model, images, texts, label=None):
+    """The scores of a picture (1, 3, R, R), and what its patches say of a class: of `label`, else the predicted one."""
+    probabilities = {name: score[0].softmax(dim=0) for name, score in model.scores(model(images, texts=texts)).items()}
+    label = int(next(iter(probabilities.values())).argmax()) if label is None else label
+    similarity = patch_cosines(model, images, texts, label)                        # (P, L)
+    if type(model) not in TRANSPORT:
+        return Look(probabilities, label, similarity)
+    kept, support = best_patches(similarity, getattr(model, "n_support", len(similarity)))   # (K, L), (K,)
+    plan = sinkhorn(1 - kept, epsilon=model.epsilon, n_iters=model.n_iters)        # (K, L), Eq. 9
+    return Look(probabilities, label, similarity, support, plan)
+
+
+@torch.no_grad()
+def patch_cosines(model, images, texts, label):
+    """Cosines of a picture's patches with the prompts of a class that patches are compared with: (P, L).  Sec. 3.4
+
+    images: (1, 3, R, R), or the pair that `clip.encode_patches` made of them. None of a method that uses no patches.
+    """
+    *others, prompts = texts if isinstance(texts, tuple) else (texts,)
+    prompts = prompts[[label]]                                                     # (1, L, D), or (1, D) where L is 1
+    # why one by one: a method's `cosines` averages over the prompts that it is given
+    alone = prompts.split(1, dim=1) if prompts.dim() == 3 else [prompts]
+    cosines = [model.cosines(images, (*others, prompt) if others else prompt)[1] for prompt in alone]   # (1, P, 1)
+    return None if cosines[0] is None else torch.cat(cosines, dim=2)[0]
+
+
+def best_patches(similarity, n_support):
+    """The support, the most salient patch first: (P, L) -> kept similarities (K, L), their patches (K,).  Eq. 8"""
+    kept, patches = (part[0, 0] for part in sparse_support(similarity[None, None], n_support))
+    order = saliency(kept).argsort(descending=True)
+    return kept[order], patches[order]
+
+
+# ---- Figure 2 -------------------------------------------------------------------------------------------------
+
+def figure_2(model, texts, image, name, truth=None, label=None):
+    """All panels of one picture (3, R, R). truth: its label, where known; label: whose prompts are shown."""
+    seen, picture = look(model, image[None], texts, label), as_seen(image)
+    top, maps = [titled(enlarged(picture, WIDE), "the picture", "as the model saw it")], []
+    if seen.similarity is not None:
+        bounds = seen.similarity.min().item(), seen.similarity.max().item()
+        maps = [stack(prompt_maps(picture, seen.similarity, bounds, SMALL), 4), scale_bar(HEAT, *bounds),
+                text_panel("cosine of a patch and a prompt, in the same colours in all maps; framed: the three best "
+                           "patches of each prompt", fill=FAINT)]
+    if seen.plan is not None:
+        K, L = seen.plan.shape
+        support = heat_map(picture, saliency(seen.similarity), bounds, WIDE, seen.support)
+        top += [titled(support, "the support", f"mean cosine over the prompts (Eq. 7); framed: the {K} best patches, "
+                       "which all prompts share (Eq. 8)"),
+                titled(plan_table(seen.plan), "the transport plan", "how much of each patch goes to each prompt, in "
+                       f"units of the uniform plan, 1 / {K * L} (Eq. 9)")]
+    return sheet(f"{name}, with the prompts of \"{model.class_names[seen.label]}\"",
+                 [stack(top, 3, (WIDTH - 3 * WIDE) // 2), *maps, bars(seen, model.class_names, truth)])
+
+
+def prompt_maps(picture, similarity, bounds, side):
+    """A map for each prompt, in common colours, with the three best patches framed: (P, L) -> L panels."""
+    return [titled(heat_map(picture, column, bounds, side, column.topk(min(3, len(column))).indices),
+                   f"local prompt {i}" if similarity.shape[1] > 1 else "the prompt")
+            for i, column in enumerate(similarity.T, 1)]
+
+
+def plan_table(plan):
+    """A plan (K, L) as a table in shades from 0 to 4 times uniform, whatever it holds, and its marginals."""
+    K, L = plan.shape
+    panel = Image.new("RGB", (WIDE, WIDE), PAPER)
+    x, y = np.linspace(74, WIDE - 60, L + 1), np.linspace(26, WIDE - 30, K + 1)    # the edges of the cells
+    width, height = x[1] - x[0], y[1] - y[0]
+    size = int(min(16, 0.7 * height, 0.4 * width))
+    readable = size > 8                                                            # else the numbers are left out
+    for u, v in np.ndindex(K, L):
+        times, cell = plan[u, v].item() * K * L, (x[v], y[u], x[v + 1] - readable, y[u + 1] - readable)
+        ImageDraw.Draw(panel).rectangle(cell, tuple(colours(times / 4, SHADE)), (200, 200, 206) if readable else None)
+        if readable:
+            write(panel, (x[v] + width / 2, y[u] + height / 2), f"{times:.2f}", size, PAPER if times > 2 else INK, "mm")
+    for v in range(L):
+        write(panel, (x[v] + width / 2, 4), f"prompt {v + 1}" if width > 70 else v + 1, 15, FAINT, "ma")
+        write(panel, (x[v] + width / 2, WIDE - 14), f"{plan[:, v].sum():.3f}", min(16, int(0.35 * width)), anchor="mm")
+    write(panel, (66, WIDE - 14), "sum", 15, FAINT, "rm")
+    if readable:
+        write(panel, (WIDE, 4), "sum", 15, FAINT, "ra")
+        for u in range(K):
+            write(panel, (66, y[u] + height / 2), f"patch {u + 1}", size, FAINT, "rm")
+            write(panel, (WIDE, y[u] + height / 2), f"{plan[u].sum():.3f}", size, anchor="rm")
+    return stack([panel, scale_bar(SHADE, 0, 4, WIDE, digits=0)], gap=0)
+
+
+def bars(seen, class_names, truth):
+    """The probabilities of the predicted class, the true one and the one shown, by each score."""
+    equations = {"fused": " (Sec. 3.5)", "global": " (Eq. 4-5)", "local": " (Eq. 10-11)"}
+    words = {int(next(iter(seen.probabilities.values())).argmax()): "predicted"}   # {label: what it is}
+    if truth is not None:
+        words[truth] = "predicted and true" if truth in words else "true"
+    words.setdefault(seen.label, "shown")
+    panels = []
+    for name, probability in seen.probabilities.items():
+        lines = [part for label, word in words.items()
+                 for part in (text_panel(f"{word}: {class_names[label]}", WIDE), bar(probability[label].item()))]
+        panels.append(titled(stack(lines, gap=2), f"softmax of the {name} score"
+                             + equations.get(name, "") * (seen.plan is not None)))
+    return stack(panels, 3)
+
+
+# ---- the streams, a training batch, curves --------------------------------------------------------------------
+
+STREAMS = {"vv": "V-V patch tokens (Eq. 2)", "vv_alias": "V-V patch tokens of the released code",
+           "qk": "ordinary patch tokens (Table 2, w/o V-V)",
+           "value": "value-path patch tokens (GL-MCM): in the last block each patch attends to itself alone"}
+
+
+def streams(model, texts, image, name, truth=None, label=None):
+    """The same prompts on the run's own patch tokens and on CLIP's other streams. Arguments as of `figure_2`."""
+    picture, side = as_seen(image), (WIDTH - 5 * GAP) // 6
+    label, parts = look(model, image[None], texts, label).label, []
+    for stream in dict.fromkeys((model.stream, "vv", "qk", "value")):
+        tokens = model.clip.encode_patches(image[None], stream)                    # (1, W), (1, P, W)
+        similarity = patch_cosines(model, tokens, texts, label)                    # (P, L)
+        if similarity is None:
+            raise ValueError("--streams: the method of this run compares no patches")
+        bounds = similarity.min().item(), similarity.max().item()
+        maps = prompt_maps(picture, similarity, bounds, side)
+        if type(model) is SOTGLP:
+            _, support = best_patches(similarity, model.n_support)
+            maps.insert(0, titled(heat_map(picture, saliency(similarity), bounds, side, support), "support (Eq. 7-8)"))
+        parts += [text_panel("the run's own: " * (stream == model.stream) + STREAMS[stream], size=20),
+                  stack([titled(enlarged(picture, side), "the picture"), *maps], 6), scale_bar(HEAT, *bounds)]
+    return sheet(f"{name}, with the prompts of \"{model.class_names[label]}\"", parts)
+
+
+def training_batch(name, config, items):
+    """The first batch that a run of this configuration sees of its training items, cropped and flipped at random."""
+    _, preprocess = clip.load(config["model"])
+    pictures = data.Pictures(items, data.train_transform(preprocess), config["seed"])
+    batch = next(iter(data.Batches(len(items), config["batch_size"], config["seed"])))   # (epoch, i) of each picture
+    side = (WIDTH - 7 * GAP) // 8
+    cells = [stack([enlarged(as_seen(pictures[index][0]), side), text_panel(items[index[1]][2], side)], gap=4)
+             for index in batch]
+    return sheet(f"{name}: the first training batch", [stack(cells, 8)])
+
+
+def curves(logs):
+    """A chart for each number in log.jsonl, {run: its lines}; every run has a letter and a colour."""
+    styles = dict(zip(logs, zip(string.ascii_uppercase, CURVES * 5)))
+    names = [text_panel(f"{letter}: {run}, {len(logs[run])} epochs", size=18, fill=colour)
+             for run, (letter, colour) in styles.items()]
+    charts = []
+    for field in dict.fromkeys(field for log in logs.values() for line in log for field in line):
+        points = {styles[run]: [(line["epoch"], line[field]) for line in log if field in line]
+                  for run, log in logs.items() if any(field in line for line in log)}
+        if field not in ("epoch", "seconds"):
+            charts.append(titled(chart(points), field.replace("_", " ")))
+    return sheet("training curves", [stack(names, gap=0), stack(charts, 3)])
+
+
+# ---- the script -----------------------------------------------------------------------------------------------
+
+def read_curves(run):
+    """The lines of a run's log.jsonl. Raises ValueError, with the file's name, where it holds anything else."""
+    try:
+        log = runs.read_log(run)
+        if not log or not all(math.isfinite(line[field]) for line in log for field in ("epoch", *line)):
+            raise ValueError("no numbers")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{run} holds no log.jsonl: name a folder that train.py wrote") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{run}/log.jsonl is damaged, or not a file of train.py: {error!r}") from error
+    return log
+
+
+def run_items(args, config, class_names):
+    """The pictures that a run was trained on, validated on and tested on: {"train", "val", "test": items}."""
+    *parts, found = data.load(config["dataset"], args.data_root or config["data_root"], config["shots"],
+                              config["split_seed"], config["sampler"])
+    runs.check_classes(args.runs[0], class_names, found)
+    return dict(zip(("train", "val", "test"), parts))
+
+
+def parse_args(argv=None):
+    """The options, checked for what goes together."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="a folder that train.py wrote; several with --curves")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--streams", action="store_true", help="V-V, ordinary and value-path patches side by side")
+    mode.add_argument("--batch", action="store_true", help="the first training batch, after augmentation")
+    mode.add_argument("--curves", action="store_true", help="log.jsonl over the epochs, all RUNs in one picture")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--images", nargs="+", metavar="FILE", help="your own pictures")
+    which.add_argument("--split", choices=("train", "val", "test"), default="test", help="of the run (%(default)s)")
+    add("--count", type=int, default=8, help="pictures of the split, at equal distances (%(default)s)")
+    add("--class", dest="class_name", metavar="NAME", help="whose prompts are shown (those of the predicted class)")
+    add("--output", metavar="DIR", help="where the PNG files go (RUN/pictures)")
+    add("--data-root", help="folder of the datasets (the run's own)")
+    add("--device", default=runs.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
+    args = parser.parse_args(argv)
+    if len(args.runs) > (26 if args.curves else 1):
+        parser.error("one RUN, or with --curves up to 26")
+    if (args.batch or args.curves) and (args.images or args.class_name):
+        parser.error("--images and --class do not go with --batch and --curves")
+    if args.count < 1:
+        parser.error(f"--count must be at least 1, got {args.count}")
+    return args
+
+
+@runs.plain_errors()
+def main(args):
+    """Draws what the options ask for, and prints which files that made."""
+    run, folder = args.runs[0], Path(args.output or Path(args.runs[0]) / "pictures")
+
+    def save(name, drawing):
+        folder.mkdir(parents=True, exist_ok=True)
+        runs.write_whole(folder / f"{name}.png", lambda path: drawing.save(path, "PNG"))
+        print(f"wrote {folder / name}.png", flush=True)
+
+    if args.curves:
+        return save("curves", curves({run: read_curves(run) for run in args.runs}))
+    runs.check_device(args.device)
+    checkpoint = runs.read_checkpoint(run)
+    config, class_names = checkpoint["config"], checkpoint["class_names"]
+    items = [] if args.images else run_items(args, config, class_names)
+    if args.batch:
+        return save("batch", training_batch(run, config, items["train"]))
+    if args.class_name not in (None, *class_names):
+        near = difflib.get_close_matches(args.class_name, class_names, cutoff=0)
+        raise ValueError(f"--class {args.class_name!r} is none of the {len(class_names)} classes of {run}; near: "
+                         + ", ".join(map(repr, near)))
+    label = class_names.index(args.class_name) if args.class_name else None
+    items = [(path, None) for path in args.images] if args.images else items[args.split]
+    count = len(items) if args.images else min(args.count, len(items))
+    model = runs.build(run, checkpoint, args.device)
+    preprocess = clip.preprocess(model.clip.visual.resolution)
+    with torch.no_grad():
+        texts = model.encode_prompts()
+    kind, draw = ("streams", streams) if args.streams else ("figure2", figure_2)
+    for i in range(count):
+        path, truth, *_ = items[i * len(items) // count]
+        image = preprocess(data.read_image(path)).to(args.device)                  # (3, R, R)
+        name = re.sub(r"[^\w.]+", "-", "-".join(Path(path).with_suffix("").parts[-3:])).strip("-")
+        save(f"{kind}-{i + 1}-{name}", draw(model, texts, image, path, truth, label))
+
+
+if __name__ == "__main__":
+    main(parse_args())
