@@ -58,8 +58,7 @@ class Job(NamedTuple):
 def make_jobs(args):
     """All runs that the table needs."""
     device = ["--device", args.device]
-    common = [*device, *(("--data-root", args.data_root) if args.data_root else ()),
-              *(("--model", args.model) if args.model else ())]
+    common = [*device, *(("--model", args.model) if args.model else ())]
     jobs = []
     for dataset in args.dataset:
         measure_ood = has_ood_sets(dataset, args.data_root or data.default_root())
@@ -71,7 +70,8 @@ def make_jobs(args):
                 # why one seed of the linear probe: with a fixed draw there is nothing random in it
                 for seed in args.seeds if options is not None else args.seeds[:1]:
                     folder = Path(args.output_dir) / f"{row}-{dataset}-{shots}shot-seed{seed}".removeprefix("sotglp-")
-                    which = ["--dataset", dataset, "--shots", str(shots), "--seed", str(seed), *common,
+                    root = ["--data-root", args.data_root] if args.data_root and dataset != "critters" else []
+                    which = ["--dataset", dataset, *root, "--shots", str(shots), "--seed", str(seed), *common,
                              "--output-dir", str(folder)]
                     commands = {"result.json": ["-m", "methods.linear_probe", *which] if options is None else
                                 ["train.py", *options, *which, *args.more, "--resume"]}

@@ -8,11 +8,11 @@ the loaders (tensors). A picture is an item `(path, label, class name)` everywhe
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
 import random
-import re
 import sys
 import zlib
 from typing import NamedTuple
@@ -20,12 +20,13 @@ from typing import NamedTuple
 import clip  # before torch: it bounds how long torch's threads wait; nothing else of it is used here
 
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import transforms
 
 import critters
 import download
+import folder
+from folder import read_image
 
 
 # ---- the datasets -------------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ DATASETS = {
     "critters": Row("a photo of a {}.", len(critters.CLASSES),
         tuple(len(critters.CLASSES) * count for count in critters.POOL.values())),
     "folder": Row("a photo of a {}.", layouts=(("", ""),),
-        pictures="{train,test}/<class>/*.jpg   or only <class>/*.jpg, of which half is held out"),
+        pictures="{train,val,test}/<class>/*.jpg (val or test may be absent)   or only <class>/*.jpg"),
     "imagenet": Row("a photo of a {}.", 1000, (1281167, 0, 50000), 66.7, "{train,val}/<wnid>/*.JPEG",
         (("imagenet", "images"), ("imagenet", "")), ("classnames.txt",)),
     "fgvc_aircraft": Row("a photo of a {}, a type of aircraft.", 100, (3334, 3333, 3333), 24.8, "<7 digits>.jpg",
@@ -87,27 +88,44 @@ def default_root():
     return os.environ.get("DATA_ROOT", "data")
 
 
-def template(name):
-    """The hand-written prompt of a dataset, with one {} for the class name (its underscores become spaces)."""
-    return DATASETS[name].template
+def find_root(name, given=None):
+    """The folder of the datasets as an absolute path. Raises ValueError for one that is given and would not be used."""
+    if given is not None and name == "critters":
+        raise ValueError("--data-root is not used for critters, which are drawn: name the data too, by --dataset; "
+                         "`folder` is for your own pictures")
+    return download.absolute(given or default_root())
+
+
+def template(name, given=None):
+    """The prompt of zero-shot CLIP, the one given or the dataset's, with one {} for the class name.
+
+    Underscores of a class name become spaces. Raises ValueError for any other use of braces.
+    """
+    if given is not None and [given.count(sign) for sign in ("{}", "{", "}")] != [1, 1, 1]:
+        raise ValueError(f"--template {given!r} must have one {{}} for the class name, and no other brace")
+    return given or DATASETS[name].template
 
 
 # ---- from a name to lists of items ---------------------------------------------------------------------------
 
-def load(name, root, shots, seed, sampler="exact"):
+def load(name, root, shots, seed, sampler="exact", held_out=None):
     """The pictures to train on, to validate with and to test on -> train, val, test, class names.
 
     Three lists of `(path, label, class name)`, and the names ordered by label, raw: underscores stay.
     shots: images per class, drawn with `seed`; None or 0 means all. sampler: "exact" (CoOp's k-shot) or
-    "proportional" (the released code's). Validation gets min(shots, 4) per class from the same random stream.
+    "proportional" (the released code's). held_out: see `folder.own_lists`, None for other datasets.
+    Validation gets up to min(shots, 4) per class from the same random stream.
     Raises FileNotFoundError, with the folder looked in and the tree expected, where anything named is not there.
     """
-    lists, class_names = read_lists(name, root, seed)
+    lists, class_names = read_lists(name, root, seed, held_out)
     if shots:
         rng = random.Random(seed)          # one stream: train draws first, then validation
-        draw = {"exact": few_shot, "proportional": proportional}[sampler]
-        lists["train"] = draw(lists["train"], shots, rng)
-        lists["val"] = few_shot(lists["val"], min(shots, 4), rng)
+        train = {"exact": few_shot, "proportional": proportional}[sampler](lists["train"], shots, rng)
+        # as in CoOp, a dataset without validation pictures takes them from its training part
+        drawn = set(train)
+        pool = lists["val"] or [item for item in lists["train"] if item not in drawn]
+        val = [item for group in _by_label(pool) for item in rng.sample(group, min(len(group), shots, 4))]
+        lists = {"train": train, "val": val, "test": lists["test"]}
     for part, items in lists.items():
         # why not all: these three list existing files, or draw their pictures
         gone = [] if name in ("critters", "folder", "imagenet") else download.missing(path for path, *_ in items)
@@ -117,15 +135,18 @@ def load(name, root, shots, seed, sampler="exact"):
     return *lists.values(), class_names
 
 
-def read_lists(name, root, seed=1):
+def read_lists(name, root, seed=1, held_out=None):
     """All that a dataset lists, whether it exists or not -> {"train": items, "val": items, "test": items}, names."""
     if name not in DATASETS:
         raise ValueError(f"no dataset is called {name!r}; there are {', '.join(DATASETS)}")
-    readers = {"critters": _critters, "folder": _folder, "imagenet": _imagenet, "fgvc_aircraft": _aircraft}
+    if held_out is not None and name != "folder":
+        raise ValueError(f"--held-out is for one's own pictures, --dataset folder; {name} has a test split")
+    readers = {"critters": _critters, "imagenet": folder.imagenet_lists, "fgvc_aircraft": _aircraft}
     row, read = DATASETS[name], readers.get(name, _split)
     try:
         home, images = download.locate(row, root) if row.layouts else ("", "")
-        lists = dict(zip(("train", "val", "test"), read(row, home, images, seed)))
+        parts = folder.own_lists(images, seed, held_out) if name == "folder" else read(row, home, images)
+        lists = dict(zip(folder.PARTS, parts))
     except FileNotFoundError as error:
         what = f"there is no {error.filename}" if error.filename else error
         raise FileNotFoundError(f"{name}: {what}\n" + download.tree(name, row, root)) from None
@@ -148,12 +169,12 @@ def _class_names(name, lists):
     return [names[label] for label in labels]
 
 
-def _critters(row, home, images, seed):
+def _critters(row, home, images):
     names = critters.class_names()
     return [[(path, label, names[label]) for path, label in critters.paths(part)] for part in critters.POOL]
 
 
-def _split(row, home, images, seed):
+def _split(row, home, images):
     """CoOp's split file: {"train": [[path, label, class name], ...], "val": ..., "test": ...}."""
     path = f"{home}/{row.lists[0]}"
     with open(path, encoding="utf-8") as file:
@@ -166,67 +187,18 @@ def _split(row, home, images, seed):
                              f"{type(error).__name__}: {error}") from error
 
 
-def _aircraft(row, home, images, seed):
+def _aircraft(row, home, images):
     """The dataset's own lists, lines `<7 digits> <variant>`; the label is the variant's line in variants.txt.
 
     differs: the released code trains on train and val together (6,667 images), the literature on train (3,334).
     """
-    labels = {variant: label for label, variant in enumerate(_lines(f"{home}/variants.txt"))}
+    labels = {variant: label for label, variant in enumerate(folder.lines(f"{home}/variants.txt"))}
     for path in (f"{home}/images_variant_{part}.txt" for part in ("train", "val", "test")):
-        names = _read_names(path)
+        names = folder.read_names(path)
         unknown = set(names.values()) - set(labels)
         if unknown:
             raise ValueError(f"{path}: {min(unknown)!r} is none of the {len(labels)} variants of variants.txt")
         yield [(f"{images}/{number}.jpg", labels[variant], variant) for number, variant in names.items()]
-
-
-def _imagenet(row, home, images, seed):
-    """Class folders; the label is the rank of the folder's WordNet id among all of them, sorted.
-
-    differs: CoOp lists files in the order of the disk, so its draw varies from machine to machine; here file names are
-    sorted. CoOp also uses the 50,000 test pictures for validation; here there is no validation set.
-    """
-    names = _read_names(f"{home}/classnames.txt")
-    return _class_items(f"{images}/train", names), [], _class_items(f"{images}/val", names)
-
-
-def _folder(row, home, images, seed):
-    """Anybody's pictures: train/<class>/* and test/<class>/*, or only <class>/*, of which half is held out.
-
-    Names are the folders' with _ and - as spaces, or, where there is a classnames.txt, its lines `<folder> <name>`.
-    """
-    apart = os.path.isdir(f"{images}/train") and os.path.isdir(f"{images}/test")
-    train, given = f"{images}/train" if apart else images, f"{home}/classnames.txt"
-    names = _read_names(given) if os.path.exists(given) else {
-        # why as UTF-8: a class must have the same name, and so the same tokens, whatever the locale is
-        folder: re.sub("[_-]", " ", os.fsencode(folder).decode("utf-8", "replace"))
-        for folder in download.class_folders(train)}
-    items = _class_items(train, names)
-    if apart:
-        return items, [], _class_items(f"{images}/test", names)
-    rng = random.Random(seed)
-    test = {item for group in _by_label(items) for item in rng.sample(group, len(group) // 2)}
-    return [item for item in items if item not in test], [], [item for item in items if item in test]
-
-
-def _class_items(folder, names):
-    """Items of folder/<class>/*; the label is the class folder's rank in `names`, {class folder: class name}."""
-    found = download.class_folders(folder)
-    if set(found) != set(names):
-        unmatched = sorted(set(found) ^ set(names))
-        raise ValueError(f"{len(names)} class names for {len(found)} class folders in {folder}; "
-                         f"without counterpart: {', '.join(unmatched[:3])}{' ...' * (len(unmatched) > 3)}")
-    return [(path, label, names[at]) for label, at in enumerate(sorted(names)) for path in found[at]]
-
-
-def _read_names(path):
-    """Lines `<folder or picture> <class name>` -> {folder or picture: class name}; without a name, the folder's own."""
-    return {first: " ".join(name) or first for first, *name in (line.split(maxsplit=1) for line in _lines(path))}
-
-
-def _lines(path):
-    with open(path, encoding="utf-8-sig") as file:      # why -sig: editors on Windows begin a file with a mark
-        return [line.strip() for line in file if line.strip()]
 
 
 def split_matches_published(name, root):
@@ -242,12 +214,13 @@ def few_shot(items, shots, seed):
     seed: an int, or a random.Random to continue with. Raises ValueError where a class has fewer.
     """
     rng = seed if isinstance(seed, random.Random) else random.Random(seed)
-    drawn = []
-    for group in _by_label(items):
-        if len(group) < shots:
-            raise ValueError(f"class {group[0][2]!r} has {len(group)} images, fewer than the {shots} shots asked for")
-        drawn += rng.sample(group, shots)
-    return drawn
+    groups = _by_label(items)
+    fewest = min(groups, key=len)
+    if len(fewest) < shots:
+        raise ValueError(f"class {fewest[0][2]!r} has {len(fewest)} images, fewer than the {shots} shots asked for "
+                         f"(images held out for the test do not count): --shots {len(fewest)} is the most that every "
+                         "class has, --shots 0 takes all")
+    return [item for group in groups for item in rng.sample(group, shots)]
 
 
 def proportional(items, shots, seed):
@@ -277,22 +250,6 @@ def _by_label(items):
 
 # ---- from pictures to tensors --------------------------------------------------------------------------------
 
-def read_image(path):
-    """The picture at `path`, or the one that critters draws for it -> PIL image in its own mode.
-
-    CLIP converts to RGB after the crop, so that palettes are resized as CLIP resizes them.
-    Raises ValueError, naming the file, where it is not there or cannot be decoded to its end.
-    """
-    if critters.is_path(path):
-        return critters.read(path)
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except Exception as error:   # why: Pillow raises OSError, SyntaxError, ValueError and its own, by format
-        raise ValueError(f"cannot read picture {path}: {type(error).__name__}: {error}") from error
-
-
 def train_transform(preprocess):
     """CLIP's test transform -> the one for training: random crop and flip in place of resize and centre crop."""
     _, centre_crop, *tail = preprocess.transforms       # tail: to RGB, to tensor, minus mean over deviation
@@ -305,11 +262,11 @@ class Pictures(Dataset):
     """Items as tensors: `pictures[i]` -> (image (3, R, R), label).
 
     With a seed, for training, the index is a pair `(epoch, i)`, and the crop depends only on (seed, epoch, i), not on
-    the batch size, the workers or the number of processes.
+    the batch size, the workers or the number of processes. own: as people see them, `folder.as_seen`.
     """
 
-    def __init__(self, items, transform, seed=None):
-        self.items, self.transform, self.seed = items, transform, seed
+    def __init__(self, items, transform, seed=None, own=False):
+        self.items, self.transform, self.seed, self.own = items, transform, seed, own
 
     def __len__(self):
         return len(self.items)
@@ -317,7 +274,7 @@ class Pictures(Dataset):
     def __getitem__(self, index):
         epoch, i = index if isinstance(index, tuple) else (0, index)
         path, label, _ = self.items[i]
-        image = read_image(path)
+        image = read_image(path, self.own)
         if self.seed is None:
             return self.transform(image), label
         with torch.random.fork_rng(devices=[]):
@@ -398,11 +355,14 @@ def parse_args(argv=None):
 
 def main(args):
     """Downloads what is missing where that is asked for, checks all; exits with 1 where anything is not as expected."""
-    name, root = args.dataset, args.data_root
+    name, root = args.dataset, download.absolute(args.data_root)
     try:
         if args.download:
             download.download(name, DATASETS[name], root)
-        fine = download.check(name, DATASETS[name], root, *read_lists(name, root), read_image)
+        lists = read_lists(name, root)
+        for line in folder.remarks(root) if name == "folder" else ():
+            print(line)
+        fine = download.check(name, DATASETS[name], root, *lists, functools.partial(read_image, own=name == "folder"))
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     sys.exit(not fine)

@@ -42,8 +42,6 @@ BY_HAND = {
     "ucf101": "the middle frames of the videos, UCF-101-midframes.zip, are file 10Jqome3vtUA2keJkNanAiFpgbyC9Hc2O on "
               "Google Drive, where CoOp's authors put them"}
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
-
 
 # ---- where ---------------------------------------------------------------------------------------------------
 
@@ -81,30 +79,6 @@ def missing(paths):
         if file not in folders[folder]:
             gone.append(path)
     return gone
-
-
-def class_folders(folder):
-    """The picture folder of ImageNet's kind: {class folder: paths of its pictures}, all sorted.
-
-    Each class folder is listed once, without a look at each file: ImageNet has 1.3 million.
-    """
-    with os.scandir(folder) as entries:
-        classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    if not classes and _pictures(folder):
-        raise ValueError(f"{folder} is flat: {len(_pictures(folder))} pictures and no class folder; move each into "
-                         f"{folder}/<class>/ (ImageNet's development kit says which class each validation picture has)")
-    if not classes:
-        raise FileNotFoundError(f"there is no class folder in {folder}")
-    found = {name: _pictures(f"{folder}/{name}") for name in classes}
-    for name, paths in found.items():
-        if not paths:
-            raise FileNotFoundError(f"there is no picture in {folder}/{name}")
-    return found
-
-
-def _pictures(folder):
-    return [f"{folder}/{file}" for file in sorted(os.listdir(folder))
-            if file.lower().endswith(SUFFIXES) and not file.startswith(".")]
 
 
 def is_published(row, root):
@@ -193,7 +167,7 @@ def check(name, row, root, lists, class_names, read_image):
         gone = set(missing(path for path, *_ in items if os.path.isabs(path)))
         if gone:
             print(f"{len(gone)} of {len(items)} {part} images missing, first: {min(gone)}")
-        bad = _unreadable([path for path, *_ in items if path not in gone], read_image)
+        bad = unreadable([path for path, *_ in items if path not in gone], read_image)
         for fault in bad[:5]:
             print(fault)
         if bad:
@@ -207,7 +181,7 @@ def _unless(right, expected):
     return "" if right else f" (expected {expected})"
 
 
-def _unreadable(paths, read_image):
+def unreadable(paths, read_image):
     """An error message for each picture that cannot be decoded completely."""
     def fault(path):
         try:

@@ -2,16 +2,18 @@
 
     python evaluate.py runs/eurosat-16shot-seed1                      the accuracies of one run
     python evaluate.py runs/eurosat-16shot-seed*                      several: mean and standard deviation
-    python evaluate.py runs/eurosat-16shot-seed1 --images a.jpg b.png the five likeliest classes of each picture
+    python evaluate.py runs/eurosat-16shot-seed1 --images DIR a.jpg   the five likeliest classes of each picture
+    python evaluate.py runs/eurosat-16shot-seed1 --csv all.csv        the same for each picture of the test split
     python evaluate.py --zero-shot --dataset eurosat                  the hand-written template, no run needed
     python evaluate.py --table runs/                                  the paper's Tables 1 and 4, ours beside them
 
 RUN/evaluation.json and RUN/evaluation.csv keep the numbers; what training wrote stays as it is. Read it from
-`count_right` (one pass over the images) through `test` (a split) to `main`.
+`count_right` (one pass over the images) through `test` (a split) to `main`. predict.py does one's own pictures.
 """
 
 import argparse
 import csv
+import os
 import statistics
 import time
 from pathlib import Path
@@ -19,14 +21,20 @@ from typing import NamedTuple
 
 import clip  # before torch: it bounds how long torch's threads wait
 
+if not hasattr(clip, "weights_hash"):
+    raise ImportError(f"another package called clip was imported first, {clip.__file__}: import evaluate before it, or "
+                      "leave it out; this project brings a clip of its own")
+
 import torch
 import torch.distributed as dist
 
 import data
 import runs
 from methods import released
+from predict import calibration_error, csv_row, likeliest, name_files, predict, unseen_pictures, write_csv
 from sotglp import global_logits, project, unit
 
+__all__ = ["load_run", "predict"]  # what one's own programs need; the rest serves the scripts
 EVAL_BATCH = 32      # why no more: the activations of a larger batch leave a processor's cache
 
 
@@ -39,10 +47,11 @@ class Counts(NamedTuple):
 
 
 @torch.no_grad()
-def count_right(model, loader, zero_shot_text):
+def count_right(model, loader, zero_shot_text, said=None):
     """Counts what each score of a model gets right, and the zero-shot template beside them, in one pass.
 
     loader gives (images (B, 3, R, R), labels (B,)); zero_shot_text (C, D): unit vectors of the template -> Counts.
+    said: a list that gets what `predict.likeliest` says of each image.
     """
     C, device = len(zero_shot_text), zero_shot_text.device
     right, seen = {}, torch.zeros(C, dtype=torch.int64, device=device)
@@ -52,6 +61,8 @@ def count_right(model, loader, zero_shot_text):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         cls, patches = model.clip.encode_patches(images, model.stream)             # (B, W), (B, P, W)
         scores = model.scores(model((cls, patches), texts=texts))
+        if said is not None:
+            said += likeliest(scores)
         scores["zero_shot"] = global_logits(project(cls, model.clip.visual.proj), zero_shot_text[:, None], 1.0)
         for name, score in scores.items():
             if not score.isfinite().all():
@@ -63,16 +74,18 @@ def count_right(model, loader, zero_shot_text):
     return Counts(right, seen)
 
 
-def test(model, items, dataset, amp="off", workers=0, rank=0, world=1):
+def test(model, items, dataset, amp="off", workers=0, rank=0, world=1, template=None, said=None):
     """Scores a test split once, each image on one of the processes -> Counts over all of them.
 
-    amp: the precision of the towers; `runs.usable_amp` says which one a device has.
+    amp: the precision of the towers; `runs.usable_amp` says which one a device has. template: in place of the dataset's
+    own. said: as in `count_right`, of this process's images.
     """
     device, preprocess = model.clip.logit_scale.device, clip.preprocess(model.clip.visual.resolution)
-    loader = data.test_loader(data.Pictures(items, preprocess), EVAL_BATCH, workers, device, rank, world)
+    pictures = data.Pictures(items, preprocess, own=dataset == "folder")
+    loader = data.test_loader(pictures, EVAL_BATCH, workers, device, rank, world)
     with runs.autocast(amp, device):
-        text = zero_shot_text(model.clip, model.class_names, data.template(dataset))
-        counts = count_right(model, runs.progress(loader, "test", rank), text)
+        text = zero_shot_text(model.clip, model.class_names, data.template(dataset, template))
+        counts = count_right(model, runs.progress(loader, "test", rank), text, said)
     if world > 1:
         for numbers in (*counts.right.values(), counts.seen):
             dist.all_reduce(numbers)
@@ -110,7 +123,7 @@ def write_per_class(path, class_names, counts):
 
 def report(folder, model, counts, config, started, **more):
     """Writes result.json and per_class.csv of a run that began at `started`, and prints the accuracies."""
-    figures = {**percentages(counts), "test_images": int(counts.seen.sum()),
+    figures = {**percentages(counts), "split": config["test_split"], "test_images": int(counts.seen.sum()),
                "learned_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
                "threads": torch.get_num_threads(), "precision": runs.precision(config["amp"]),
                "seconds": round(time.time() - started, 1), **more}
@@ -126,7 +139,8 @@ def accuracies_line(result):
     """The accuracies of a run as one line of text."""
     others = ", ".join(f"{name.removesuffix('_accuracy').replace('_', '-')} {value:.2f}"
                        for name, value in result.items() if name.endswith("_accuracy"))
-    return f"accuracy {result['accuracy']:.2f} %  ({others})  on {result['test_images']} test images"
+    images = f"{result['test_images']} {result.get('split', 'test')} images"
+    return f"accuracy {result['accuracy']:.2f} %  ({others})  on {images}"
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------
@@ -139,25 +153,32 @@ def load_run(run, device="cpu"):
     return runs.open_run(run, device)[1]
 
 
-def evaluate_run(run, checkpoint, device, data_root=None, workers=0):
-    """Scores a run on its own test split in its own precision -> the fields that evaluation.json gets."""
+def evaluate_run(run, checkpoint, device, data_root=None, workers=0, split="test", csv_file=None):
+    """Scores a run on its own test or validation split in its own precision -> the fields that evaluation.json gets.
+
+    csv_file: where `csv_row` of each image is written.
+    """
     start = time.time()
     config = checkpoint["config"]
-    _, _, items, class_names = data.load(config["dataset"], data_root or config["data_root"], config["shots"],
-                                         config["split_seed"], config["sampler"])
-    runs.check_classes(run, checkpoint["class_names"], class_names)
+    items, class_names = unseen_pictures(run, checkpoint, data_root, split)
     model = runs.build(run, checkpoint, device)
     amp = runs.usable_amp(config["amp"], device)
     if amp != config["amp"]:
         print(f"note: {run} was trained in {config['amp']}, which needs a GPU; it is tested in float32", flush=True)
     if amp in runs.HALF:
         model.clip.store_matrices(runs.HALF[amp])
-    counts = test(model, items, config["dataset"], amp, workers)
-    result = {**percentages(counts), "test_images": int(counts.seen.sum()), "epoch": checkpoint["epoch"],
+    said = []
+    counts = test(model, items, config["dataset"], amp, workers, template=config["template"], said=said)
+    result = {**percentages(counts),
+              "calibration_error": 100 * calibration_error(said, [label for _, label, _ in items]),
+              "split": split, "test_images": int(counts.seen.sum()), "epoch": checkpoint["epoch"],
               **{name: config[name] for name in ("method", "dataset", "model", "shots", "seed")},
               "precision": runs.precision(amp), "seconds": round(time.time() - start, 1)}
     runs.write_json(Path(run) / "evaluation.json", result)
     write_per_class(Path(run) / "evaluation.csv", class_names, counts)
+    if csv_file:
+        rows = [csv_row(path, words, class_names, label) for (path, label, _), words in zip(items, said)]
+        runs.write_whole(csv_file, lambda path: write_csv(path, rows))
     return result
 
 
@@ -190,8 +211,8 @@ def paper_numbers():
 def our_numbers(folder):
     """{(dataset, shots, "ours"): accuracies over seeds} of the finished runs below a folder, their options, and notes.
 
-    The methods other than SOT-GLP are called "our <method>". A run of the tiny model, with other options than the first
-    one of its method, dataset and shots, or with a repeated seed, is left out by name.
+    The methods other than SOT-GLP are called "our <method>". A run of the tiny model, on validation images, with other
+    options than the first one of its method, dataset and shots, or with a repeated seed, is left out by name.
     why: an ablation must not be averaged in, and the tiny model is none of the paper's.
     """
     numbers, first, seeds, notes = {}, {}, set(), []
@@ -199,6 +220,9 @@ def our_numbers(folder):
         result = runs.read_result(run)
         if result["model"] == "tiny":
             notes.append(f"left out: {run} (model tiny; the paper has ViT-B/16)")
+            continue
+        if result.get("split", "test") != "test":
+            notes.append(f"left out: {run} (measured on validation images)")
             continue
         method = result["config"]["method"]
         key = (result["dataset"], result["shots"], "ours" if method == "sotglp" else f"our {method}")
@@ -290,35 +314,24 @@ def report_runs(args):
         runs.check_kind(args.runs[0], checkpoints[0], run, checkpoint)
     results = []
     for run, checkpoint in zip(args.runs, checkpoints):
-        results.append(evaluate_run(run, checkpoint, args.device, args.data_root, args.workers))
-        print(f"{run}: {accuracies_line(results[-1])}, {results[-1]['precision']}", flush=True)
+        results.append(evaluate_run(run, checkpoint, args.device, args.data_root, args.workers, args.split, args.csv))
+        print(f"{run}: {accuracies_line(results[-1])}, {results[-1]['precision']}, expected calibration error "
+              f"{results[-1]['calibration_error']:.2f} %", flush=True)
     if len(results) > 1:
-        for field in (name for name in results[0] if name.endswith("accuracy")):
+        for field in (name for name in results[0] if name.endswith(("accuracy", "calibration_error"))):
             print(f"{field:18s} {mean_and_spread([result[field] for result in results])}  over {len(results)} runs")
-
-
-@torch.no_grad()
-def predict_images(args):
-    """The five likeliest classes of each picture, with the probabilities of the score that decides (Sec. 3.5)."""
-    run, = args.runs
-    model = load_run(run, args.device)
-    preprocess, texts = clip.preprocess(model.clip.visual.resolution), model.encode_prompts()
-    for path in args.images:
-        images = preprocess(data.read_image(path))[None].to(args.device)
-        logits = next(iter(model.scores(model(images, texts=texts)).values()))
-        top = logits.softmax(dim=1)[0].topk(min(5, logits.shape[1]))
-        print(path + ":  " + "   ".join(f"{p:.1%} {model.class_names[c]}"
-                                        for p, c in zip(top.values.tolist(), top.indices.tolist())))
 
 
 def zero_shot(args):
     """The hand-written template on a dataset's test split, beside the published value where there is one."""
-    name = args.model or runs.default_model(args.dataset)
-    *_, items, class_names = data.load(args.dataset, args.data_root, shots=0, seed=1)
-    model, preprocess = clip.load(name, args.device)
-    text = zero_shot_text(model, class_names, data.template(args.dataset))
+    name = clip.full_name(args.model or runs.default_model(args.dataset))
+    template, root = data.template(args.dataset, args.template), data.find_root(args.dataset, args.data_root)
+    *_, items, class_names = data.load(args.dataset, root, shots=0, seed=1)
+    model, preprocess = clip.load(name, args.device, args.activation or "quickgelu")
+    text = zero_shot_text(model, class_names, template)
     right = 0
-    loader = data.test_loader(data.Pictures(items, preprocess), EVAL_BATCH, args.workers, args.device)
+    pictures = data.Pictures(items, preprocess, own=args.dataset == "folder")
+    loader = data.test_loader(pictures, EVAL_BATCH, args.workers, args.device)
     with torch.no_grad():
         for images, labels in runs.progress(loader, "test"):
             right += int(((unit(model.encode_image(images.to(args.device))) @ text.T).argmax(1).cpu() == labels).sum())
@@ -330,20 +343,37 @@ def zero_shot(args):
 def parse_args(argv=None):
     """The options, checked for what goes together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders that train.py wrote")
-    parser.add_argument("--images", nargs="+", metavar="FILE", help="pictures to name with the one RUN given")
-    parser.add_argument("--zero-shot", action="store_true", help="score the template; shows a wrong class order")
-    parser.add_argument("--table", metavar="FOLDER", help="the paper's Tables 1 and 4 beside the runs below FOLDER")
-    parser.add_argument("--dataset", choices=sorted(data.DATASETS), default="critters", help="for --zero-shot")
-    parser.add_argument("--model", help="for --zero-shot: a CLIP name or file (tiny for critters, else ViT-B/16)")
-    parser.add_argument("--data-root", help="folder of the datasets (the run's own, else $DATA_ROOT, else ./data)")
-    parser.add_argument("--device", default=runs.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures (%(default)s)")
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN", help="folders that train.py wrote")
+    add("--images", nargs="+", metavar="PATH", help="pictures, or folders of pictures, to name with the one RUN given")
+    add("--csv", metavar="FILE", help="write what the one RUN given says of each image, with probabilities")
+    add("--split", choices=("test", "val"), help="score the test or the validation images of a RUN (test)")
+    add("--zero-shot", action="store_true", help="score the template; shows a wrong class order")
+    add("--table", metavar="FOLDER", help="the paper's Tables 1 and 4 beside the runs below FOLDER")
+    add("--dataset", choices=sorted(data.DATASETS), help="for --zero-shot (critters)")
+    add("--model", help="for --zero-shot: a CLIP name or file (tiny for critters, else ViT-B/16)")
+    add("--activation", choices=clip.ACTIVATIONS, help="for --zero-shot with a file: that of its towers (quickgelu)")
+    add("--template", metavar="TEXT", help="for --zero-shot: a prompt with {} for the class name (the dataset's own)")
+    add("--data-root", help="folder of the datasets; for `folder` that of your pictures (the run's own, else "
+        "$DATA_ROOT, else ./data)")
+    add("--device", default=runs.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
+    add("--workers", type=int, default=0, help="processes that read pictures (%(default)s)")
     args = parser.parse_args(argv)
     if not (args.runs or args.zero_shot or args.table):
         parser.error("name at least one RUN, or --zero-shot --dataset NAME, or --table FOLDER")
-    if args.images and len(args.runs) != 1:
-        parser.error("--images goes with exactly one RUN")
+    mode, used = (("--zero-shot", "dataset model activation template data_root") if args.zero_shot else
+                  ("--table", "table") if args.table else
+                  ("--images", "runs images csv") if args.images else ("a RUN", "runs csv split data_root"))
+    unused = [name for name, value in vars(args).items()
+              if value and name not in (*used.split(), "zero_shot", "device", "workers")]
+    if unused:
+        names = ("RUN" if name == "runs" else "--" + name.replace("_", "-") for name in unused)
+        parser.error(f"with {mode} there is no use for {', '.join(names)}")
+    if (args.images or args.csv) and len(args.runs) != 1:
+        parser.error("--images and --csv go with exactly one RUN")
+    if args.csv and os.path.isdir(args.csv):
+        parser.error(f"--csv {args.csv} is a folder: name a file")
+    args.split, args.dataset = args.split or "test", args.dataset or "critters"
     return args
 
 
@@ -351,13 +381,14 @@ def parse_args(argv=None):
 def main(args):
     """Zero-shot accuracy, the paper's tables, one's own pictures, or the accuracies of runs."""
     runs.check_device(args.device)
+    if args.csv:
+        Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
     if args.zero_shot:
-        args.data_root = args.data_root or data.default_root()
         zero_shot(args)
     elif args.table:
         print_tables(args.table)
     elif args.images:
-        predict_images(args)
+        name_files(load_run(args.runs[0], args.device), args.images, args.csv, EVAL_BATCH, args.workers)
     else:
         report_runs(args)
 

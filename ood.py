@@ -24,9 +24,11 @@ import torch
 import critters
 import data
 import evaluate
+import folder
 import runs
-from download import SUFFIXES, absolute
+from download import absolute
 from methods import released
+from predict import unseen_pictures
 from sotglp import project
 
 TEMPLATE = "a photo of a {}"     # as in MCM and GL-MCM, for every dataset; CoOp's templates end in a full stop
@@ -124,8 +126,8 @@ def ood_sets(dataset, root, own=None):
         return {name: [(path, label, "") for path, label in critters.paths(name)] for name in critters.OOD_SETS}
     if not own and dataset != "imagenet":
         raise ValueError(f"no OOD sets are known to go with {dataset}: name folders of pictures by --ood-root NAME=DIR")
-    folders = {name: [absolute(folder)] for name, folder in own.items()} if own else {
-        name: [absolute(os.path.join(root, home, folder)) for home in HOMES for folder in candidates]
+    folders = {name: [absolute(top)] for name, top in own.items()} if own else {
+        name: [absolute(os.path.join(root, home, top)) for home in HOMES for top in candidates]
         for name, (_, candidates) in BENCHMARK.items()}
     found = {name: first_with_pictures(candidates) for name, candidates in folders.items()}
     empty = [f"\n{name}: no pictures in {', '.join(folders[name])}" for name in found if not found[name]]
@@ -135,18 +137,12 @@ def ood_sets(dataset, root, own=None):
 
 
 def first_with_pictures(folders):
-    """The pictures of the first of these folders that has any; none where no folder has."""
-    for folder in folders:
-        found = pictures(folder)
-        if found:
-            return found
+    """The pictures, as items, of the first of these folders that has any; none where no folder has."""
+    for top in filter(os.path.isdir, folders):
+        pictures, _ = folder.walk(top)
+        if pictures:
+            return [(path, -1, "") for path in pictures]
     return []
-
-
-def pictures(folder):
-    """All pictures below a folder, at any depth, as items; none where there is no such folder."""
-    return [(os.path.join(here, file), -1, "") for here, folders, files in sorted(os.walk(folder, followlinks=True))
-            for file in sorted(files) if file.lower().endswith(SUFFIXES) and not file.startswith(".")]
 
 
 def count_warnings(sets):
@@ -162,38 +158,45 @@ def count_warnings(sets):
 # ---- from pictures to scores ---------------------------------------------------------------------------------
 
 def confidences(clip_model, images, text, model=None, prompts=None, temperature=1.0, local_weight=1.0):
-    """A batch of pictures -> {row of the table: confidence (B,)} and the classes that MCM predicts, (B,).
+    """A batch of pictures -> {row of the table: confidence (B,)} and the predicted classes, (B,).
 
     text (C, D): unit vectors of TEMPLATE, for the controls. model: a run's method; prompts: of its `encode_prompts()`.
+    A run predicts as everywhere, by the score that decides (Sec. 3.5); without a run it is zero-shot CLIP.
     """
     proj = clip_model.visual.proj
     cls, vv = clip_model.encode_patches(images, "vv")
     _, value = clip_model.encode_patches(images, "value")
     cosines, options = project(cls, proj) @ text.T, (temperature, local_weight)    # (B, C)
+    decisive = cosines
     rows = {"zero_shot_mcm": mcm(cosines, temperature),
             "zero_shot_gl_mcm": gl_mcm(cosines, project(value, proj) @ text.T, *options),
             "zero_shot_gl_mcm_vv": gl_mcm(cosines, project(vv, proj) @ text.T, *options)}
     if model:
         features = (cls, vv) if model.stream == "vv" else clip_model.encode_patches(images, model.stream)
+        decisive = next(iter(model.scores(model(features, texts=prompts)).values()))    # (B, C)
         image_cosines, patch_cosines = model.cosines(features, prompts)                 # (B, C), (B, P, C)
         if image_cosines is not None:
-            cosines, rows["mcm"] = image_cosines, mcm(image_cosines, temperature)
+            rows["mcm"] = mcm(image_cosines, temperature)
         if patch_cosines is not None:
             rows["l_mcm"] = l_mcm(patch_cosines, temperature)
         if image_cosines is not None and patch_cosines is not None:
             rows["gl_mcm"] = gl_mcm(image_cosines, patch_cosines, *options)
-    return rows, cosines.argmax(dim=1)
+    return rows, decisive.argmax(dim=1)
 
 
 @torch.no_grad()
-def score_sets(sets, class_names, clip_model, model, args):
-    """Each picture of each set once -> {set: {row: scores (n,)}}, {set: predicted classes (n,)}, on the CPU."""
+def score_sets(sets, class_names, clip_model, model, args, own=False):
+    """Each picture of each set once -> {set: {row: scores (n,)}}, {set: predicted classes (n,)}, on the CPU.
+
+    own: pictures of all sets are read as people see them, as those that the run was trained on.
+    """
     text = evaluate.zero_shot_text(clip_model, class_names, TEMPLATE)
     prompts = model.encode_prompts() if model else None
     preprocess = clip.preprocess(clip_model.visual.resolution)
     scores, predicted = {}, {}
     for name, items in sets.items():
-        loader = data.test_loader(data.Pictures(items, preprocess), evaluate.EVAL_BATCH, args.workers, args.device)
+        pictures = data.Pictures(items, preprocess, own=own)
+        loader = data.test_loader(pictures, evaluate.EVAL_BATCH, args.workers, args.device)
         batches, classes = zip(*(confidences(clip_model, images.to(args.device), text, model, prompts,
                                              args.temperature, args.local_weight)
                                  for images, _ in runs.progress(loader, name)))
@@ -248,8 +251,8 @@ def show(table, paper):
 
 
 def write_csv(path, sets, scores, predicted, row, class_names):
-    """One line per picture: path, set, score, the class that MCM predicts."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    """One line per picture: path, set, score, predicted class."""
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         lines = csv.writer(file)
         lines.writerow(["path", "set", "score", "predicted"])
         for name, items in sets.items():
@@ -270,7 +273,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("run", nargs="?", metavar="RUN", help="a folder that train.py wrote; its own test split is ID")
     add("--zero-shot", action="store_true", help="only the rows of CLIP without learning, no RUN needed")
-    add("--dataset", choices=sorted(data.DATASETS), default="critters", help="for --zero-shot: whose test split is ID")
+    add("--dataset", choices=sorted(data.DATASETS), help="for --zero-shot: whose test split is ID (critters)")
     add("--model", help="for --zero-shot: a CLIP name or file (tiny for critters, else ViT-B/16)")
     add("--data-root", help="folder of the datasets; for ImageNet also of the OOD sets, or of ood_data with them "
         "(the run's own, else $DATA_ROOT, else ./data)")
@@ -286,25 +289,28 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.run) == args.zero_shot:
         parser.error("name either a RUN or --zero-shot --dataset NAME")
+    if args.run and (args.dataset or args.model):
+        parser.error("--dataset and --model are for --zero-shot: a RUN has its own")
+    args.dataset = args.dataset or "critters"
     temperature = 1.0 if args.temperature is None else args.temperature
     if not (0 < temperature < math.inf and math.isfinite(args.local_weight)):
         parser.error("--temperature must be positive and --local-weight finite, "
                      f"got {temperature} and {args.local_weight}")
     pairs = [text.partition("=") for text in args.ood_root]
-    args.ood_root = {name: folder for name, _, folder in pairs}
+    args.ood_root = {name: top for name, _, top in pairs}
     if len(args.ood_root) < len(pairs) or not all(args.ood_root.values()) or {"", "ID", "mean"} & {*args.ood_root}:
         parser.error("--ood-root takes NAME=DIR, every NAME another one, none of them ID or mean")
     return args
 
 
-def find_pictures(args, config, trained):
+def find_pictures(args, checkpoint):
     """ID and OOD sets of a configuration -> {set: items}, class names; prints what was found and what looks wrong."""
-    root = args.data_root or config["data_root"]
+    config = checkpoint["config"]
+    root = args.data_root or config["data_root"] if args.run else data.find_root(args.dataset, args.data_root)
     # why the OOD sets first: what is missing shows at once, while ImageNet's lists take their time
     outside = ood_sets(config["dataset"], root, args.ood_root)
-    *_, test, class_names = data.load(config["dataset"], root, config["shots"], config["split_seed"], config["sampler"])
-    if trained:
-        runs.check_classes(args.run, trained, class_names)
+    test, class_names = (unseen_pictures(args.run, checkpoint, root) if args.run else
+                         data.load(config["dataset"], root, shots=0, seed=1)[2:])
     print(f"{args.run or 'zero-shot'}: model {config['model']}, ID {config['dataset']}, {len(test)} test images, OOD "
           + ", ".join(f"{name} {len(items)}" for name, items in outside.items())
           + f"; temperature {args.temperature:g}, local weight {args.local_weight:g}", flush=True)
@@ -319,18 +325,18 @@ def main(args):
     """Finds the pictures, scores each once, prints the table and writes it."""
     start = time.time()
     runs.check_device(args.device)
-    checkpoint = runs.read_checkpoint(args.run) if args.run else {"class_names": None, "config": {
-        "dataset": args.dataset, "model": args.model or runs.default_model(args.dataset),
-        "data_root": data.default_root(), "method": "zero-shot", "shots": 0, "split_seed": 1, "sampler": "exact"}}
+    checkpoint = runs.read_checkpoint(args.run) if args.run else {"config": {
+        "dataset": args.dataset, "model": clip.full_name(args.model or runs.default_model(args.dataset)),
+        "method": "zero-shot", "shots": 0}}
     config = checkpoint["config"]
     if args.temperature is None:
         args.temperature = released.OOD_TEMPERATURE if config.get("recipe") == "released" else 1.0
-    sets, class_names = find_pictures(args, config, checkpoint["class_names"])
+    sets, class_names = find_pictures(args, checkpoint)
     if args.csv:
         Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
     model = runs.build(args.run, checkpoint, args.device) if args.run else None
     clip_model = model.clip if model else clip.load(config["model"], args.device)[0]
-    scores, predicted = score_sets(sets, class_names, clip_model, model, args)
+    scores, predicted = score_sets(sets, class_names, clip_model, model, args, own=config["dataset"] == "folder")
     table, paper = measure(scores), paper_rows(config, sets)
 
     show(table, paper)

@@ -13,11 +13,13 @@ Read it from `open_run` (from a folder to a model) through the checks to the hel
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import os
 import platform
+import subprocess
 import sys
 import threading
 import time
@@ -27,6 +29,7 @@ from pathlib import Path
 import clip  # before torch: it bounds how long torch's threads wait
 
 import numpy
+import PIL
 import torch
 import torchvision
 
@@ -36,11 +39,12 @@ from methods import METHODS, OPTIONS, SWITCHES
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # What a run writes beside last.pt, log.jsonl and lock.
 REPORTS = ("result.json", "per_class.csv", "evaluation.json", "evaluation.csv", "ood.json", "weights.json")
-# What last.pt contains.
+# What last.pt contains; training: the paths of the training pictures below the root.
 CHECKPOINT = {"learned": dict, "optimizer": dict, "scaler": dict, "config": dict, "class_names": list, "data": dict,
-              "clip_sha256": str, "threads": int, "epoch": int, "seconds": float, "log": list}
+              "training": list, "clip_sha256": str, "threads": int, "epoch": int, "seconds": float, "log": list}
 # Options that runs of earlier versions do not name, and what they did.
-ADDED = {"method": "sotglp", "recipe": "paper", "local_mean": False, "vv_alias": False, "keep_underscores": False}
+ADDED = {"method": "sotglp", "recipe": "paper", "local_mean": False, "vv_alias": False, "keep_underscores": False,
+         "activation": "quickgelu", "template": None, "held_out": None, "test_split": "test"}
 # Options that change how a run is computed and stored, but not what is computed.
 PRACTICAL = {"data_root", "output_dir", "device", "workers", "amp", "text_chunk", "checkpoint_text"}
 
@@ -58,7 +62,7 @@ def open_run(run, device="cpu"):
 
 def build(run, checkpoint, device="cpu"):
     """The model of a run whose checkpoint is at hand."""
-    clip_model, _ = clip.load(checkpoint["config"]["model"], device)
+    clip_model, _ = clip.load(checkpoint["config"]["model"], device, checkpoint["config"]["activation"])
     model = make_model(clip_model, checkpoint["class_names"], checkpoint["config"])
     restore(run, checkpoint, model, clip.weights_hash(clip_model))
     return model.eval()
@@ -104,11 +108,12 @@ def read_checkpoint(run):
     except Exception as error:  # why so broad: in a damaged file zipfile, pickle and torch can trip over anything
         raise ValueError(f"{path} is damaged: it cannot be read ({type(error).__name__}); the run must start anew, "
                          "with --overwrite") from error
-    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
+    # why training: [] here: a run of an earlier version does not name what it was trained on
+    checkpoint = {"training": [], **checkpoint} if isinstance(checkpoint, dict) else {}
     wrong = [name for name, kind in CHECKPOINT.items() if not isinstance(checkpoint.get(name), kind)]
     if not wrong:
         parts = {"learned": (checkpoint["learned"].values(), torch.Tensor), "log": (checkpoint["log"], dict),
-                 "class_names": (checkpoint["class_names"], str)}
+                 "class_names": (checkpoint["class_names"], str), "training": (checkpoint["training"], str)}
         wrong = [name for name, (values, kind) in parts.items() if not all(isinstance(v, kind) for v in values)]
         config = checkpoint["config"]
         config.update({**ADDED, **config})
@@ -214,10 +219,14 @@ def changes(before, now):
             if name not in PRACTICAL and before.get(name) != now[name]]
 
 
+def below(path, root):
+    """An item's path below the root. Drawn pictures have no root."""
+    return os.path.relpath(path, os.path.abspath(os.path.expanduser(root))) if os.path.isabs(path) else path
+
+
 def digest(items, root):
     """The number of some items, and a hash of their paths below the root and their labels."""
-    root = os.path.abspath(root)
-    lines = [f"{os.path.relpath(path, root) if os.path.isabs(path) else path}\t{label}" for path, label, _ in items]
+    lines = [f"{below(path, root)}\t{label}" for path, label, _ in items]
     return [len(items), hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()]
 
 
@@ -291,11 +300,22 @@ def autocast(amp, device):
     return torch.autocast(torch.device(device).type, dtype=HALF.get(amp), enabled=amp in HALF)
 
 
+@functools.cache
+def commit():
+    """The git commit of this program, with "-dirty" where files were changed since; None where there is no git."""
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def versions():
     """What the numbers of a run may depend on besides its configuration."""
     gpu = torch.cuda.is_available()
     return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "numpy": numpy.__version__, "cuda": torch.version.cuda if gpu else None,
+            "numpy": numpy.__version__, "pillow": PIL.__version__, "commit": commit(),
+            "cuda": torch.version.cuda if gpu else None,
             "gpu": torch.cuda.get_device_name() if gpu else None}
 
 

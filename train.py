@@ -31,9 +31,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data
+import download
 import evaluate
+import folder
 import runs
 from methods import METHODS, OPTIONS, released
+from predict import choose
 
 
 # ---- options -------------------------------------------------------------------------------------------------
@@ -83,11 +86,13 @@ def parse_args(argv=None):
     args, unknown = parser.parse_known_args(argv, argparse.Namespace(**saved))
     if unknown:
         parser.error(f"{args.method} has no {' '.join(unknown)}: --method {args.method} --help lists what it has")
-
-    args.model = args.model or runs.default_model(args.dataset)
+    args.model = clip.full_name(args.model or runs.default_model(args.dataset))
     on_cuda = args.device.startswith("cuda")
     args.amp = args.amp or ("fp16" if on_cuda else "off")
-    args.data_root = args.data_root or data.default_root()
+    if not saved:
+        with runs.plain_errors():
+            args.data_root = data.find_root(args.dataset, args.data_root)
+    args.data_root = download.absolute(args.data_root)
     if args.warmup_epochs < math.inf:                    # else check_args refuses it
         args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
     args.output_dir = str(args.output_dir or runs.folder_name(args.method, args.dataset, args.shots, args.seed))
@@ -101,20 +106,32 @@ def make_parser(method):
     # why no abbreviations: --method is looked for before the other options are known
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    add, recipe = parser.add_argument, METHODS[method].DEFAULTS
+    recipe = METHODS[method].DEFAULTS
+    add = parser.add_argument_group("what is trained on what").add_argument
     add("--method", choices=METHODS, default=method, help="what is trained; it decides the defaults (%(default)s)")
     if method == "sotglp":
         add("--recipe", choices=("paper", "released"), default="paper",
             help="defaults of the paper, or of the authors' script for the dataset (methods/released.py); a switch that "
                  "it sets has an opposite, such as --no-vv-alias, --plan-gradient (%(default)s)")
     add("--dataset", choices=sorted(data.DATASETS), default="critters", help="critters needs no files (%(default)s)")
-    add("--data-root", help="folder that holds the datasets' folders ($DATA_ROOT, else ./data)")
+    add("--data-root", help="folder that holds the datasets' folders; for `folder` that of your own pictures, with "
+        "train/ and test/ or with class folders ($DATA_ROOT, else ./data)")
     add("--model", help="%s or a weights file (tiny for critters, else ViT-B/16)" % ", ".join(clip.available_models()))
-    add("--shots", type=int, default=16, help="training images per class; the paper has 1, 2, 4, 8, 16 (%(default)s)")
+    add("--activation", choices=clip.ACTIVATIONS, default="quickgelu",
+        help="of a --model that is somebody's file; weights do not show it (%(default)s)")
+    add("--template", metavar="TEXT",
+        help="prompt of the zero-shot row, with {} for the class name (the dataset's own)")
+    add("--shots", type=int, default=16,
+        help="training images per class, 0 for all; the paper has 1, 2, 4, 8, 16 (%(default)s)")
+    add("--held-out", type=float, metavar="SHARE",
+        help="share of each class that is kept for the test where `folder` has class folders alone (0.5)")
+    add("--test-split", choices=("test", "val"), default="test",
+        help="what the accuracies are measured on; val leaves the test unread, for choices (%(default)s)")
     add("--seed", type=int, default=1, help="initial prompts, order and crops; the paper averages 3 (%(default)s)")
     add("--split-seed", type=int, default=1, help="draws the shots: fixed in the paper, 1-3 in CoOp (%(default)s)")
     add("--sampler", choices=("exact", "proportional"), default="exact",
         help="exact: the same number per class; proportional: as the released code, by class frequency (%(default)s)")
+    add = parser.add_argument_group("recipe, Sec. 4").add_argument
     add("--epochs", type=int, default=recipe["epochs"], help="all epochs, warm-up included (%(default)s)")
     add("--warmup-epochs", type=float, default=recipe["warmup_epochs"],
         help="linear warm-up, never more than a tenth of the epochs (%(default)s)")
@@ -122,6 +139,7 @@ def make_parser(method):
         help="global batch, split over the processes (%(default)s)")
     add("--lr", type=float, default=recipe["lr"], help="peak learning rate of SGD (%(default)s)")
     add("--weight-decay", type=float, default=recipe["weight_decay"], help="acts on all that is learned (%(default)s)")
+    add = parser.add_argument_group("machine").add_argument
     add("--amp", choices=("off", "fp16", "bf16"), help="mixed precision (fp16 on CUDA, off on CPU; bf16 also on CPU)")
     add("--device", default=runs.default_device(),
         help="cpu or cuda; with torchrun each process takes its own GPU (%(default)s)")
@@ -131,8 +149,10 @@ def make_parser(method):
     add("--text-chunk", type=int, default=200, help="classes that go through the text tower at once (%(default)s)")
     add("--checkpoint-text", action="store_true",
         help="recompute text activations, chunk by chunk, in the backward pass: less memory, more time")
-    add("--output-dir", help="where the run is written (runs/[<method>-]<dataset>-<shots>shot-seed<seed>)")
-    either = parser.add_mutually_exclusive_group()
+    place = parser.add_argument_group("folder of the run")
+    place.add_argument("--output-dir",
+                       help="where the run is written (runs/[<method>-]<dataset>-<shots>shot-seed<seed>)")
+    either = place.add_mutually_exclusive_group()
     either.add_argument("--resume", nargs="?", const=True, default=False, metavar="RUN",
                         help="continue the run in the output folder; with RUN, a folder, all options are that run's "
                              "(--data-root, --device and --workers may be given anew)")
@@ -157,7 +177,7 @@ def check_args(args, world):
     """Raises ValueError for options that cannot work, alone or together, before any long work starts."""
     runs.check_device(args.device)
     for name in ("lr", "weight_decay", "epsilon", "lambda_local", "lambda_entropy", "warmup_epochs", "prompt_dropout",
-                 "workers"):
+                 "workers", "shots"):
         if not 0 <= getattr(args, name, 0) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be a finite number and not negative, "
                              f"got {getattr(args, name)}")
@@ -169,13 +189,16 @@ def check_args(args, world):
                          f"it is the global batch, give at least {world}")
     if args.amp == "fp16" and not args.device.startswith("cuda"):
         raise ValueError("--amp fp16 needs a GPU (on CPU it is many times slower than float32): use bf16 or off")
-    for name in ("epochs", "n_global", "n_local", "n_support", "n_context", "n_iters", "shots", "text_chunk"):
+    for name in ("epochs", "n_global", "n_local", "n_support", "n_context", "n_iters", "text_chunk"):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if getattr(args, "epsilon", 1) == 0:
         raise ValueError("--epsilon must be positive, got 0")
     if getattr(args, "prompt_dropout", 0) > 1:
         raise ValueError(f"--prompt-dropout must lie in [0, 1], got {args.prompt_dropout}")
+    data.template(args.dataset, args.template)
+    if args.held_out is not None and not 0 < args.held_out < 1:
+        raise ValueError(f"--held-out must lie between 0 and 1, got {args.held_out}")
     runs.check_free(args.output_dir, args.resume or args.overwrite)
 
 
@@ -226,10 +249,13 @@ def set_up(args, rank, world, device):
     """Builds the run; restores it with --resume. Whatever can fail before the first step fails here."""
     started = time.time()
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
-    train_set, _, test_set, class_names = data.load(args.dataset, args.data_root, args.shots, args.split_seed,
-                                                    args.sampler)
+    train_set, val_set, test_set, class_names = data.load(args.dataset, args.data_root, args.shots, args.split_seed,
+                                                          args.sampler, args.held_out)
+    test_set = choose(args.test_split, val_set, test_set)
+    if args.dataset == "folder":
+        folder.check(train_set + test_set, rank, world)
     published = data.split_matches_published(args.dataset, args.data_root)
-    clip_model, preprocess = clip.load(args.model, device)
+    clip_model, preprocess = clip.load(args.model, device, args.activation)
     torch.manual_seed(args.seed)                         # why: the same initial prompts on every process
     model = runs.make_model(clip_model, class_names, config, (rank, world))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=args.lr, momentum=0.9,
@@ -238,6 +264,7 @@ def set_up(args, rank, world, device):
     fingerprint = {"config": config, "class_names": class_names, "clip_sha256": clip.weights_hash(clip_model),
                    "data": {part: runs.digest(items, args.data_root)
                             for part, items in (("training", train_set), ("test", test_set))},
+                   "training": [runs.below(path, args.data_root) for path, *_ in train_set],
                    "threads": torch.get_num_threads()}
     if args.amp in runs.HALF:
         clip_model.store_matrices(runs.HALF[args.amp])
@@ -283,11 +310,14 @@ def resume(run):
 def announce(run):
     """Prints what is trained on what, the configuration, and a note on a split file that is not the published one."""
     args, threads = run.args, torch.get_num_threads()
-    print(f"{args.method}, model {args.model}, data {args.dataset}: {len(run.model.class_names)} classes, {len(run.train_set)} "
-          f"training and {len(run.test_set)} test images; {run.world} process{'es' * (run.world > 1)} on "
+    print(f"{args.method}, model {args.model}, data {args.dataset}: {len(run.model.class_names)} classes, "
+          f"{len(run.train_set)} training and {len(run.test_set)} {args.test_split} images; "
+          f"{run.world} process{'es' * (run.world > 1)} on "
           f"{run.device.type}, {threads} thread{'s' * (threads > 1)}{' each' * (run.world > 1)}, "
           f"precision {runs.precision(args.amp)}, writing to {run.folder}")
     print("  ".join(f"{name}={value}" for name, value in sorted(run.fingerprint["config"].items())))
+    for line in folder.remarks(args.data_root) if args.dataset == "folder" else ():
+        print(line)
     if run.published is False:
         print(f"note: the split file of {args.dataset} is not CoOp's published one: do not compare with published "
               "numbers")
@@ -304,7 +334,7 @@ def make_loader(run):
                            range(run.epochs_done, args.epochs))
     if args.cache_features:
         return CachedFeatures(run, batches)
-    pictures = data.Pictures(run.train_set, data.train_transform(run.preprocess), args.seed)
+    pictures = data.Pictures(run.train_set, data.train_transform(run.preprocess), args.seed, args.dataset == "folder")
     return data.train_loader(pictures, batches, args.workers, run.device)
 
 
@@ -314,7 +344,7 @@ class CachedFeatures:
     @torch.no_grad()
     def __init__(self, run, batches):
         self.batches, features, labels = batches, [], []
-        pictures = data.Pictures(run.train_set, run.preprocess)
+        pictures = data.Pictures(run.train_set, run.preprocess, own=run.args.dataset == "folder")
         loader = data.test_loader(pictures, evaluate.EVAL_BATCH, run.args.workers, run.device)
         for images, batch_labels in runs.progress(loader, "features", run.rank):
             with runs.autocast(run.args.amp, run.device):
@@ -487,7 +517,7 @@ def main(args):
             finish_epoch(run, epoch, fields)
     del batches                                          # why: its workers end before those of the test start
 
-    counts = evaluate.test(run.model, run.test_set, args.dataset, args.amp, args.workers, rank, world)
+    counts = evaluate.test(run.model, run.test_set, args.dataset, args.amp, args.workers, rank, world, args.template)
     if rank == 0:
         evaluate.report(run.folder, run.model, counts, run.fingerprint["config"], run.started,
                         train_images=len(run.train_set), split_matches_published=run.published, world_size=world)

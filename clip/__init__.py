@@ -13,8 +13,10 @@ import os
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-from .loader import available_models, load, preprocess, weights_hash  # noqa: E402  (after the variable is set)
+from .loader import (  # noqa: E402  (after the variable is set)
+    ACTIVATIONS, available_models, full_name, load, preprocess, weights_hash)
 from .model import CLIP, build_model, check_finite  # noqa: E402
 from .tokenizer import tokenize  # noqa: E402
 
-__all__ = ["CLIP", "available_models", "build_model", "check_finite", "load", "preprocess", "tokenize", "weights_hash"]
+__all__ = ["ACTIVATIONS", "CLIP", "available_models", "build_model", "check_finite", "full_name", "load", "preprocess",
+           "tokenize", "weights_hash"]

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
-from .model import LIMIT, build_model
+from .model import LIMIT, Block, build_model
 
 ADDRESS = "https://openaipublic.azureedge.net/clip/models"
 PUBLISHED = {  # as in OpenAI's package openai-clip 1.0.1: the last folder is the file's SHA-256
@@ -36,6 +36,7 @@ PUBLISHED = {  # as in OpenAI's package openai-clip 1.0.1: the last folder is th
     "ViT-L/14": f"{ADDRESS}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
 }
 DOWNLOAD_LIMIT = 2**30                             # bytes; the largest of the three has 890 MiB
+ACTIVATIONS = {"quickgelu": None, "gelu": torch.nn.GELU}    # None: the one that is built in, OpenAI's
 TINY = Path(__file__).with_name("tiny.pt.gz")
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -45,22 +46,46 @@ def available_models():
     return [*PUBLISHED, "tiny"]
 
 
-def load(name, device="cpu"):
+def full_name(name):
+    """A model's name as OpenAI writes it, also for "ViT-B-16" and "vit-b/16"; a file as an absolute path."""
+    known = {model.lower().replace("/", "-"): model for model in available_models()}
+    path = Path(name).expanduser()
+    return known.get(name.lower().replace("/", "-")) or (str(path.absolute()) if path.is_file() else name)
+
+
+def load(name, device="cpu", activation="quickgelu"):
     """A name or a file -> CLIP on the device (float32, eval mode, frozen) and its `preprocess`.
 
     name: one of `available_models()`, or the path of a TorchScript archive by OpenAI or of a state dict (`.pt`,
     also gzipped). Published files are kept in ~/.cache/clip or $CLIP_CACHE, downloaded if they are not there.
+    activation: "gelu" for a file of weights that were trained with it; the weights do not show it.
     Raises FileNotFoundError for an unknown name, ConnectionError for a failed download, ValueError for a wrong hash,
     a damaged file, and one that holds no CLIP with a vision transformer.
     """
-    path = find(str(name))
+    name = full_name(str(name))
+    path = find(name)
     try:
         model = build_model(read_state_dict(path))
     except ValueError as error:
         if sha256(path) not in map(published_hash, PUBLISHED.values()):
             raise ValueError(f"{path}: {error}") from error
         model = run_archive(path)
+    if name not in available_models():
+        note_what_weights_hide(path, activation)
+    elif activation != "quickgelu":
+        raise ValueError(f"{name} was trained with QuickGELU: --activation is for files of other people's weights")
+    if ACTIVATIONS[activation]:
+        for block in (module for module in model.modules() if isinstance(module, Block)):
+            block.mlp.gelu = ACTIVATIONS[activation]()
     return model.to(device), preprocess(model.visual.resolution)
+
+
+def note_what_weights_hide(path, activation):
+    """Says how a file is read that is none of OpenAI's: activation and heads do not follow from the weights."""
+    if sha256(path) not in map(published_hash, PUBLISHED.values()) and int(os.environ.get("RANK", 0)) == 0:
+        print(f"note: {path} is none of OpenAI's files; it is read with {activation} and attention heads 64 wide. "
+              "QuickGELU is right for OpenAI's weights and open_clip's -quickgelu models, --activation gelu for "
+              "open_clip's others", file=sys.stderr, flush=True)
 
 
 def run_archive(path):
@@ -213,6 +238,10 @@ def read_state_dict(path):
 
     Raises ValueError for a damaged file, for one that holds anything else, and for one that unpacks to more than LIMIT.
     """
+    with open(path, "rb") as raw:
+        if raw.read(9)[8:] == b"{":                # its head: a length of 8 bytes, then JSON
+            raise ValueError("this is a safetensors file: torch.save(safetensors.torch.load_file(FILE), 'clip.pt') "
+                             "makes a state dict of it, which is read if its names are OpenAI's or open_clip's")
     try:
         with open(path, "rb") as raw:
             gzipped = raw.peek(2)[:2] == b"\x1f\x8b"

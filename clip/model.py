@@ -236,6 +236,9 @@ def build_model(state_dict):
     if "visual.layer1.0.conv1.weight" in state_dict:
         raise ValueError("this CLIP has a ResNet image tower; SOT-GLP needs the patch tokens of a vision transformer: "
                          "use ViT-B/16, ViT-B/32 or ViT-L/14")
+    if any(str(name).startswith(("vision_model.", "text_model.")) for name in state_dict):
+        raise ValueError("these weights have the names of Hugging Face's transformers: --model ViT-B/16, ViT-B/32 and "
+                         "ViT-L/14 are the same weights with OpenAI's; of other models save open_clip's state_dict()")
     check_plain(state_dict)
     weights = {k: v.float() for k, v in state_dict.items() if k not in BOOKKEEPING}
     try:

@@ -96,7 +96,7 @@ class LinearProbe(Method):
 @torch.no_grad()
 def image_features(clip_model, items, args):
     """Image features of some items, not normalised, without augmentation -> (n, D), labels (n,)."""
-    pictures = data.Pictures(items, clip.preprocess(clip_model.visual.resolution))
+    pictures = data.Pictures(items, clip.preprocess(clip_model.visual.resolution), own=args.dataset == "folder")
     loader = data.test_loader(pictures, evaluate.EVAL_BATCH, args.workers, args.device)
     features, labels = zip(*((clip_model.encode_image(images.to(args.device)), labels)
                              for images, labels in runs.progress(loader, "features")))
@@ -108,7 +108,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--dataset", choices=sorted(data.DATASETS), default="critters", help="critters needs no files (%(default)s)")
-    add("--data-root", default=data.default_root(), help="folder that holds the datasets' folders (%(default)s)")
+    add("--data-root", help="folder that holds the datasets' folders ($DATA_ROOT, else ./data)")
     add("--model", help="a CLIP name or a weights file (tiny for critters, else ViT-B/16)")
     add("--shots", type=int, default=16, help="training images per class (%(default)s)")
     add("--seed", type=int, default=1, help="names the run; nothing here is random but the draw (%(default)s)")
@@ -118,7 +118,7 @@ def parse_args(argv=None):
     add("--output-dir", help="where the run is written (runs/linear_probe-<dataset>-<shots>shot-seed<seed>)")
     add("--overwrite", action="store_true", help="replace the run that the output folder holds")
     args = parser.parse_args(argv)
-    args.model = args.model or runs.default_model(args.dataset)
+    args.model = clip.full_name(args.model or runs.default_model(args.dataset))
     args.output_dir = args.output_dir or runs.folder_name("linear_probe", args.dataset, args.shots, args.seed)
     return args
 
@@ -128,9 +128,10 @@ def main(args):
     """Features, the search for c, the fit, the test."""
     started, folder = time.time(), Path(args.output_dir)
     runs.check_device(args.device)
+    args.data_root = data.find_root(args.dataset, args.data_root)
     runs.check_free(folder, args.overwrite)
     config = {"method": "linear_probe", **{name: value for name, value in vars(args).items() if name != "overwrite"},
-              "sampler": "exact", "amp": "off"}
+              "sampler": "exact", "amp": "off", "test_split": "test"}
     train, val, test, class_names = data.load(args.dataset, args.data_root, args.shots, args.split_seed)
     if not val:
         raise ValueError(f"{args.dataset} has no validation images, on which the linear probe chooses its penalty")

@@ -193,7 +193,7 @@ or:
   /root/imagenet/{{train,val}}/<wnid>/*.JPEG
 the pictures: {download.BY_HAND["imagenet"]}
 the list: python data.py --dataset imagenet --data-root /root --download"""),
-    ("folder", "expected:\n  /root/{train,test}/<class>/*.jpg   or only <class>/*.jpg, of which half is held out"),
+    ("folder", "expected:\n  /root/{train,val,test}/<class>/*.jpg (val or test may be absent)   or only <class>/*.jpg"),
 ])
 def test_the_tree_that_is_expected(name, lines):
     assert tree(name, "/root") == lines
@@ -349,13 +349,14 @@ def test_the_report_of_a_check(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("count, shown", [(3, [3]), (100, [100]), (101, [100, 101])])
 def test_a_terminal_shows_how_many_pictures_are_read(tmp_path, monkeypatch, capsys, count, shown):
-    folder_tree(tmp_path / "train", ["a"], 1)
-    folder_tree(tmp_path / "test", ["a"], count)
+    for name, n in (("a", 1), ("b", count - 1)):
+        folder_tree(tmp_path / "train", [name], 1)
+        folder_tree(tmp_path / "test", [name], n)
     for terminal in (False, True):
         monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
         main(monkeypatch, "--dataset", "folder", "--data-root", tmp_path, "--check")
         lines = [f"\r{i} of {n} pictures read" + "\n" * (i == n)
-                 for n, parts in ((1, [1]), (count, shown)) for i in parts]
+                 for n, parts in ((2, [2]), (count, shown)) for i in parts]
         assert capsys.readouterr().err == "".join(lines) * terminal
 
 

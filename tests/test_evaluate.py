@@ -14,6 +14,7 @@ import clip
 import evaluate
 import runs
 import sotglp
+import train as train_script
 from conftest import copy, read, train
 
 
@@ -154,7 +155,7 @@ def test_a_run_is_tested_in_the_precision_that_it_was_trained_in(options, tmp_pa
     assert result["precision"] == again["precision"] == "bf16"
     assert (tmp_path / "evaluation.csv").read_text() == (tmp_path / "per_class.csv").read_text()
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.endswith("on 7 test images, bf16")
+    assert "on 7 test images, bf16, " in line
 
 
 def test_a_precision_that_the_device_lacks_becomes_float32_and_is_said(trained, tmp_path, capsys):
@@ -203,12 +204,18 @@ def test_what_is_no_run_is_named(tmp_path):
         command(tmp_path)
 
 
-@pytest.mark.parametrize("arguments", [(), ("--dataset", "critters"), ("a", "b", "--images", "c.png"),
-                                       ("--images", "c.png")])
-def test_arguments_that_do_not_go_together_are_refused(arguments):
+@pytest.mark.parametrize("arguments, complaint", [
+    ((), "name at least one RUN"), (("--dataset", "critters"), "name at least one RUN"),
+    (("--images", "c.png"), "name at least one RUN"), (("a", "b", "--images", "c.png"), "exactly one RUN"),
+    (("a", "b", "--csv", "c.csv"), "exactly one RUN"), (("a", "--csv", "tests"), "--csv tests is a folder"),
+    (("a", "--dataset", "dtd", "--model", "tiny"), "with a RUN there is no use for --dataset, --model"),
+    (("a", "--images", "c.png", "--split", "val", "--data-root", "d"), "no use for --split, --data-root"),
+    (("--table", "runs", "--split", "val"), "with --table there is no use for --split"),
+    (("a", "--zero-shot"), "with --zero-shot there is no use for RUN")])
+def test_arguments_that_do_not_go_together_are_refused(arguments, complaint, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate.parse_args([*arguments])
-    assert stop.value.code == 2
+    assert stop.value.code == 2 and complaint in capsys.readouterr().err
 
 
 def test_several_runs_are_averaged(options, tmp_path, capsys):
@@ -220,7 +227,7 @@ def test_several_runs_are_averaged(options, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     values = [json.loads((run / "result.json").read_text()) for run in runs]
     assert len({value["accuracy"] for value in values} | {value["local_accuracy"] for value in values}) > 2
-    for line, field in zip(lines[-4:], ("accuracy", "global_accuracy", "local_accuracy", "zero_shot_accuracy")):
+    for line, field in zip(lines[-5:-1], ("accuracy", "global_accuracy", "local_accuracy", "zero_shot_accuracy")):
         numbers = [value[field] for value in values]
         assert line.split() == [field, f"{sum(numbers) / 3:.2f}", "+-", f"{statistics.stdev(numbers):.2f}",
                                 "over", "3", "runs"]
@@ -278,7 +285,7 @@ def painted(tmp_path, monkeypatch):
             Image.new("RGB", (20, 20), colours[shown]).save(tmp_path / f"eurosat/2750/{part}{i}.png")
             items[part].append([f"{part}{i}.png", list(colours).index(name), name])
     (tmp_path / "eurosat/split_zhou_EuroSAT.json").write_text(json.dumps(items))
-    monkeypatch.setattr(clip, "load", lambda name, device: (Painter(), clip.preprocess(16)))
+    monkeypatch.setattr(clip, "load", lambda name, *_: (Painter(), clip.preprocess(16)))
     return tmp_path
 
 
@@ -289,10 +296,27 @@ def test_zero_shot_asks_the_template_of_the_data_set(painted, capsys):
                                        "published for ViT-B/16: 48.3 %\n")
 
 
+def test_zero_shot_asks_the_template_that_is_given(painted, monkeypatch, capsys):
+    monkeypatch.setattr(Painter, "texts", {"a deep red thing.": (1, 0, 0), "a blue thing.": (0, 1, 0),
+                                           "a green thing.": (0, 0, 1)})
+    # green and blue have changed places: one of two red is right, none of three green, not the blue one, 1 of 6
+    command("--zero-shot", "--dataset", "eurosat", "--data-root", painted, "--template", "a {} thing.")
+    assert "eurosat: 16.67 % of 6 test images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option, complaint", [
+    (("--data-root", "d"), "--data-root is not used for critters"),
+    *((("--template", text), "must have one {} for the class name") for text in ("a {0}", "a bird", "{} and {}"))])
+def test_an_option_that_would_do_nothing_is_refused(option, complaint):
+    for script, arguments in ((evaluate, ["--zero-shot"]), (train_script, [])):
+        with pytest.raises(SystemExit, match=complaint):
+            script.main(script.parse_args([*arguments, *option]))
+
+
 def test_zero_shot_takes_the_model_that_is_named(monkeypatch):
     asked = []
 
-    def load(name, device):
+    def load(name, device, activation):
         asked.append(name)
         raise ValueError("enough")
 
@@ -312,10 +336,10 @@ def test_zero_shot_text_is_unit_and_in_the_order_of_the_classes():
 # ---- the paper's tables --------------------------------------------------------------------------------------
 
 def result(folder, dataset="eurosat", accuracy=90.0, shots=16, seed=1, split_seed=1, published=False, model="ViT-B/16",
-           **config):
+           split="test", **config):
     folder.mkdir(parents=True)
     fields = {"dataset": dataset, "shots": shots, "seed": seed, "split_seed": split_seed, "accuracy": accuracy,
-              "model": model, "split_matches_published": published,
+              "model": model, "split": split, "split_matches_published": published,
               "config": {"lr": 0.05, **config, "dataset": dataset, "seed": seed, "split_seed": split_seed}}
     (folder / "result.json").write_text(json.dumps(fields))
 
@@ -332,6 +356,7 @@ def test_table_puts_runs_beside_the_papers_numbers_and_leaves_blank_what_did_not
     result(tmp_path / "a", accuracy=90.0)
     result(tmp_path / "b", accuracy=92.0, seed=2)
     result(tmp_path / "c", accuracy=10.0, seed=3, lr=1.0)                # another learning rate
+    result(tmp_path / "v", accuracy=12.0, seed=4, split="val")
     result(tmp_path / "d", accuracy=11.0, seed=2)                        # the same seed again
     result(tmp_path / "e", "dtd", 70.0, shots=4, published=True)
     result(tmp_path / "0", "dtd", 1.0, shots=4, model="tiny")            # first by name, and does not count
@@ -344,6 +369,7 @@ def test_table_puts_runs_beside_the_papers_numbers_and_leaves_blank_what_did_not
         ["CoOp", "34.6", "40.8", "55.7", "63.5", "69.9"], ["GalLoP", "56.0", "61.3", "66.9", "72.4", "75.5"],
         ["SOT-GLP", "57.0", "62.4", "67.3", "73.5", "77.1"], ["ours", "70.00"]]
     assert "left out: %s (lr was 0.05, is 1.0)" % (tmp_path / "c") in printed and "(seed 2 again)" in printed
+    assert f"left out: {tmp_path}/v (measured on validation images)" in printed
     assert "left out: %s (model tiny; the paper has ViT-B/16)" % (tmp_path / "0") in printed
     assert printed.count("NOT CoOp's published split") == 2
     with open(tmp_path / "table.csv") as file:

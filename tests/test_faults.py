@@ -203,7 +203,8 @@ def test_resume_takes_every_option_from_the_run(trained, tmp_path, capsys):
     result = read(tmp_path)[0]
     assert result["accuracy"] == read(trained)[0]["accuracy"] and result["config"]["output_dir"] == str(tmp_path)
     args = script.parse_args(["--resume", str(trained), "--data-root", "elsewhere", "--workers", "3"])
-    assert (args.data_root, args.workers, args.lr, args.shots, args.dataset) == ("elsewhere", 3, 0.5, 3, "folder")
+    assert (args.data_root, args.workers, args.lr, args.shots, args.dataset) == (
+        os.path.abspath("elsewhere"), 3, 0.5, 3, "folder")
     assert "lr was 0.5, is 0.1" in error_of(train, "--resume", copy(trained, tmp_path / "again"), "--lr", 0.1)
 
 

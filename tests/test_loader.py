@@ -274,6 +274,50 @@ def test_a_file_that_is_no_clip_is_named(tmp_path):
         clip.load(save(state, tmp_path / "part.pt"))
 
 
+def test_a_file_of_another_library_is_told_the_way_out(tmp_path):
+    state = {"text_model.embeddings.position_ids": torch.zeros(1), "vision_model.post_layernorm.bias": torch.zeros(1)}
+    with pytest.raises(ValueError, match="hf.pt: these weights have the names of Hugging Face's .*save open_clip's"):
+        clip.load(save(state, tmp_path / "hf.pt"))
+    head = b'{"logit_scale": {"dtype": "F32"}}'
+    (tmp_path / "model.bin").write_bytes(len(head).to_bytes(8, "little") + head)
+    with pytest.raises(ValueError, match="model.bin: this is a safetensors file: torch.save"):
+        clip.load(tmp_path / "model.bin")
+
+
+def test_how_weights_of_others_are_read_is_said(tmp_path, monkeypatch, capsys):
+    path = save(small_clip().state_dict(), tmp_path / "clip.pt")
+    clip.load(path)
+    note = capsys.readouterr().err
+    assert note.startswith(f"note: {path} is none of OpenAI's files; it is read with quickgelu and attention heads 64")
+    monkeypatch.setattr(loader, "PUBLISHED", {"ViT-B/16": f"x/{loader.sha256(path)}/ViT-B-16.pt"})
+    clip.load(path)
+    clip.load("tiny")
+    assert capsys.readouterr().err == ""
+
+
+def test_the_activation_of_others_can_be_named(tmp_path):
+    path, x = save(small_clip().state_dict(), tmp_path / "clip.pt"), torch.randn(2, 5, 64)
+    plain, other = clip.load(path)[0], clip.load(path, activation="gelu")[0]
+    for tower in ("visual.transformer", "transformer"):
+        first, second = (model.get_submodule(f"{tower}.resblocks.0.mlp") for model in (plain, other))
+        hidden = first.c_fc(x)
+        torch.testing.assert_close(first(x), first.c_proj(hidden * torch.sigmoid(1.702 * hidden)),
+                                   atol=1e-4, rtol=0)
+        # the exact one: x times the normal distribution's function
+        torch.testing.assert_close(second(x), first.c_proj(hidden * (1 + torch.erf(hidden / 2 ** 0.5)) / 2),
+                                   atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="tiny was trained with QuickGELU"):
+        clip.load("tiny", activation="gelu")
+
+
+def test_a_name_may_be_written_as_others_write_it(tmp_path, monkeypatch):
+    assert [clip.full_name(name) for name in ("ViT-B-16", "vit-b/16", "VIT-L-14", "Tiny", "RN50")] == [
+        "ViT-B/16", "ViT-B/16", "ViT-L/14", "tiny", "RN50"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.pt").touch()
+    assert clip.full_name("mine.pt") == str(tmp_path / "mine.pt")
+
+
 def test_unknown_names_are_told_the_known_ones():
     for name in ("ViT-B/99", "nowhere/clip.pt"):
         with pytest.raises(FileNotFoundError, match=f"'{name}'.* ViT-B/16, ViT-B/32, ViT-L/14, tiny, .*path"):

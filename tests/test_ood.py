@@ -193,7 +193,9 @@ def test_rows_are_the_scores_of_averaged_cosines(clip_model, vv_attention):
                           "gl_mcm": ood.gl_mcm(cosines, patch_cosines, 0.1, 0.5)}.items():
         torch.testing.assert_close(rows[row], expected, atol=1e-5, rtol=0)
     assert all(torch.equal(alone[row], rows[row]) for row in alone)
-    assert torch.equal(predicted, cosines.argmax(dim=1)) and torch.equal(nearest, (image @ text.T).argmax(dim=1))
+    g, l = model(images)
+    assert torch.equal(predicted, (g + 0.25 * l).argmax(dim=1))                    # the fused score, Sec. 3.5
+    assert torch.equal(nearest, (image @ text.T).argmax(dim=1))
 
 
 def test_controls_take_clips_own_features(clip_model):
@@ -399,7 +401,7 @@ def scores_by_hand(clip_model, paths, temperature, weight, learned=None):
         image = unit(clip_model.encode_image(images))
         text = unit(clip_model.encode_text(clip.tokenize([f"a photo of a {name}" for name in CLASSES])))
         tokens = {stream: clip_model.encode_patches(images, stream)[1] for stream in ("vv", "value")}
-        cosines = image @ text.T
+        cosines = decisive = image @ text.T
         rows = {"zero_shot_mcm": ood.mcm(cosines, temperature)} | {
             row: ood.gl_mcm(cosines, unit(tokens[stream] @ proj) @ text.T, temperature, weight)
             for row, stream in {"zero_shot_gl_mcm": "value", "zero_shot_gl_mcm_vv": "vv"}.items()}
@@ -409,11 +411,13 @@ def scores_by_hand(clip_model, paths, temperature, weight, learned=None):
                 tensor.copy_(learned[name])
             global_text, local_text = model.encode_prompts()                       # (C, G, D), (C, L, D)
             patches = unit(tokens["vv"] @ learned["local_projection"] @ proj)
+            g, l = model(images)
+            decisive = g + 0.25 * l                                                # the fused score, Sec. 3.5
             cosines = torch.stack([image @ prompt.T for prompt in global_text.unbind(1)]).mean(dim=0)
             patch_cosines = torch.stack([patches @ prompt.T for prompt in local_text.unbind(1)]).mean(dim=0)
             rows |= {"mcm": ood.mcm(cosines, temperature), "l_mcm": ood.l_mcm(patch_cosines, temperature),
                      "gl_mcm": ood.gl_mcm(cosines, patch_cosines, temperature, weight)}
-    return rows, [CLASSES[label] for label in cosines.argmax(dim=1).tolist()]
+    return rows, [CLASSES[label] for label in decisive.argmax(dim=1).tolist()]
 
 
 @pytest.mark.parametrize("temperature, weight, options", [

@@ -5,6 +5,8 @@ All in this process, on nine pictures; test_scripts.py runs the commands themsel
 
 import inspect
 import math
+import os
+import re
 
 import pytest
 import torch
@@ -40,9 +42,12 @@ def test_defaults_are_the_papers():
     (("--device", "cpu"), "amp", "off"), (("--device", "cpu"), "workers", 0),
     (("--device", "cuda:1"), "amp", "fp16"), (("--device", "cuda", "--amp", "bf16"), "amp", "bf16"),
     (("--device", "cuda", "--workers", "0"), "workers", 0),
-    (("--data-root", "here"), "data_root", "here"), ((), "data_root", "from the environment")])
+    (("--dataset", "dtd", "--data-root", "/here"), "data_root", "/here"), ((), "data_root", "/from the environment"),
+    (("--dataset", "dtd", "--data-root", "../here"), "data_root", os.path.join(os.path.dirname(os.getcwd()), "here")),
+    (("--model", "vit-b-32"), "model", "ViT-B/32"), (("--model", "ViT-B/16"), "model", "ViT-B/16"),
+    (("--model", "README.md"), "model", os.path.abspath("README.md"))])
 def test_what_is_not_given_follows_from_the_rest(arguments, field, value, monkeypatch):
-    monkeypatch.setenv("DATA_ROOT", "from the environment")
+    monkeypatch.setenv("DATA_ROOT", "/from the environment")
     assert getattr(script.parse_args([*arguments]), field) == value
 
 
@@ -140,7 +145,8 @@ def test_an_option_reaches_the_model(option, name, value, options, tmp_path, mon
 
 @pytest.mark.parametrize("option, name, value", [
     ((), "seed", 1), (("--split-seed", 5), "seed", 5), (("--seed", 5), "seed", 1), (("--shots", 2), "shots", 2),
-    ((), "sampler", "exact"), (("--sampler", "proportional"), "sampler", "proportional")])
+    ((), "sampler", "exact"), (("--sampler", "proportional"), "sampler", "proportional"),
+    ((), "held_out", None), (("--held-out", 0.2), "held_out", 0.2), (("--shots", 0), "shots", 0)])
 def test_an_option_reaches_the_data(option, name, value, options, monkeypatch):
     assert arguments_of(monkeypatch, data, "load", (*options, *option))[name] == value
 
@@ -299,7 +305,11 @@ def test_a_run_writes_what_is_needed_to_read_it(trained, options):
     assert set(checkpoint["learned"]) == {"global_prompts", "local_prompts", "local_projection"}
     assert checkpoint["class_names"] == ["red clay", "sea", "wood"] and checkpoint["config"] == result["config"]
     assert (checkpoint["epoch"], checkpoint["clip_sha256"]) == (3, clip.weights_hash(random_clip_of_the_file()))
-    versions = {"python", "torch", "torchvision", "numpy", "cuda", "gpu"}
+    assert [path[:-5] for path in checkpoint["training"]] == 3 * ["train/red_clay/"] + 3 * ["train/sea/"] + 3 * [
+        "train/wood/"] and len({*checkpoint["training"]}) == 9
+    commit = result["versions"]["commit"]                  # none where the project was not cloned
+    assert commit is None or re.fullmatch("[0-9a-f]{40}(-dirty)?", commit)
+    versions = {"python", "torch", "torchvision", "numpy", "pillow", "commit", "cuda", "gpu"}
     assert set(result["versions"]) == versions and result["versions"]["torch"] == torch.__version__
     assert set(result["config"]) == set(vars(script.parse_args([]))) - {"resume", "overwrite"}
 
@@ -380,9 +390,13 @@ def test_resume_refuses_a_checkpoint_of_something_else(name, value, complaint, t
     (("--batch-size", 0), "--batch-size 0"), (("--amp", "fp16"), "fp16 needs a GPU"),
     (("--n-support", 17), "keep 17 of 16 patches"), (("--epsilon", 0), "--epsilon must be positive"),
     (("--prompt-dropout", 1.1), "--prompt-dropout must lie in"), (("--prompt-dropout", -0.1), "--prompt-dropout must be"),
-    (("--shots", 5), "has 4 images, fewer than the 5 shots"),
+    (("--shots", 5), "has 4 images, fewer than the 5 shots .*--shots 4 is the most .*--shots 0 takes all"),
+    (("--shots", -1), "--shots must be a finite number and not negative"),
+    (("--held-out", 0.5), "--held-out is for class folders alone, but .* has train and test"),
+    (("--held-out", 1), "--held-out must lie between 0 and 1, got 1.0"),
+    (("--shots", 0, "--test-split", "val"), "there are no validation pictures: all are trained on"),
     *(((f"--{name}", 0), f"--{name} must be at least 1, got 0") for name in
-      ("epochs", "n-global", "n-local", "n-support", "n-iters", "shots", "text-chunk"))])
+      ("epochs", "n-global", "n-local", "n-support", "n-iters", "text-chunk"))])
 def test_options_that_cannot_work_end_in_one_line_and_leave_nothing(options, tmp_path, option, complaint):
     with pytest.raises(SystemExit, match=complaint):
         train(*options, *option, "--output-dir", tmp_path / "run")
