@@ -25,6 +25,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import data
+import predict
 import runs
 from clip.loader import MEAN, STD
 from methods import METHODS
@@ -34,7 +35,7 @@ from sotglp import SOTGLP, saliency, sinkhorn, sparse_support
 
 # ---- patches on pixels ----------------------------------------------------------------------------------------
 
-def as_seen(image):
+def picture_of(image):
     """What the model gets, as a picture again: (3, R, R) after CLIP's transform -> R x R RGB."""
     pixels = image.cpu() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
     return Image.fromarray((255 * pixels).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
@@ -119,7 +120,7 @@ def best_patches(similarity, n_support):
 
 def figure_2(model, texts, image, name, truth=None, label=None):
     """All panels of one picture (3, R, R). truth: its label, where known; label: whose prompts are shown."""
-    seen, picture = look(model, image[None], texts, label), as_seen(image)
+    seen, picture = look(model, image[None], texts, label), picture_of(image)
     top, maps = [titled(enlarged(picture, WIDE), "the picture", "as the model saw it")], []
     if seen.similarity is not None:
         bounds = seen.similarity.min().item(), seen.similarity.max().item()
@@ -194,7 +195,7 @@ STREAMS = {"vv": "V-V patch tokens (Eq. 2)", "vv_alias": "V-V patch tokens of th
 
 def streams(model, texts, image, name, truth=None, label=None):
     """The same prompts on the run's own patch tokens and on CLIP's other streams. Arguments as of `figure_2`."""
-    picture, side = as_seen(image), (WIDTH - 5 * GAP) // 6
+    picture, side = picture_of(image), (WIDTH - 5 * GAP) // 6
     label, parts = look(model, image[None], texts, label).label, []
     for stream in dict.fromkeys((model.stream, "vv", "qk", "value")):
         tokens = model.clip.encode_patches(image[None], stream)                    # (1, W), (1, P, W)
@@ -214,10 +215,10 @@ def streams(model, texts, image, name, truth=None, label=None):
 def training_batch(name, config, items):
     """The first batch that a run of this configuration sees of its training items, cropped and flipped at random."""
     _, preprocess = clip.load(config["model"])
-    pictures = data.Pictures(items, data.train_transform(preprocess), config["seed"])
+    pictures = data.Pictures(items, data.train_transform(preprocess), config["seed"], config["dataset"] == "folder")
     batch = next(iter(data.Batches(len(items), config["batch_size"], config["seed"])))   # (epoch, i) of each picture
     side = (WIDTH - 7 * GAP) // 8
-    cells = [stack([enlarged(as_seen(pictures[index][0]), side), text_panel(items[index[1]][2], side)], gap=4)
+    cells = [stack([enlarged(picture_of(pictures[index][0]), side), text_panel(items[index[1]][2], side)], gap=4)
              for index in batch]
     return sheet(f"{name}: the first training batch", [stack(cells, 8)])
 
@@ -251,12 +252,15 @@ def read_curves(run):
     return log
 
 
-def run_items(args, config, class_names):
-    """The pictures that a run was trained on, validated on and tested on: {"train", "val", "test": items}."""
-    *parts, found = data.load(config["dataset"], args.data_root or config["data_root"], config["shots"],
-                              config["split_seed"], config["sampler"])
-    runs.check_classes(args.runs[0], class_names, found)
-    return dict(zip(("train", "val", "test"), parts))
+def run_items(run, checkpoint, data_root, split):
+    """The pictures that a run was trained on, or those of its other parts that it was not trained on."""
+    if split != "train":
+        return predict.unseen_pictures(run, checkpoint, data_root, split)[0]
+    config = checkpoint["config"]
+    items, *_, class_names = data.load(config["dataset"], data_root or config["data_root"], config["shots"],
+                                       config["split_seed"], config["sampler"], config["held_out"])
+    runs.check_classes(run, checkpoint["class_names"], class_names)
+    return items
 
 
 def parse_args(argv=None):
@@ -301,15 +305,14 @@ def main(args):
     runs.check_device(args.device)
     checkpoint = runs.read_checkpoint(run)
     config, class_names = checkpoint["config"], checkpoint["class_names"]
-    items = [] if args.images else run_items(args, config, class_names)
     if args.batch:
-        return save("batch", training_batch(run, config, items["train"]))
+        return save("batch", training_batch(run, config, run_items(run, checkpoint, args.data_root, "train")))
     if args.class_name not in (None, *class_names):
         near = difflib.get_close_matches(args.class_name, class_names, cutoff=0)
         raise ValueError(f"--class {args.class_name!r} is none of the {len(class_names)} classes of {run}; near: "
                          + ", ".join(map(repr, near)))
     label = class_names.index(args.class_name) if args.class_name else None
-    items = [(path, None) for path in args.images] if args.images else items[args.split]
+    items = [(path, None) for path in args.images or ()] or run_items(run, checkpoint, args.data_root, args.split)
     count = len(items) if args.images else min(args.count, len(items))
     model = runs.build(run, checkpoint, args.device)
     preprocess = clip.preprocess(model.clip.visual.resolution)
@@ -318,7 +321,8 @@ def main(args):
     kind, draw = ("streams", streams) if args.streams else ("figure2", figure_2)
     for i in range(count):
         path, truth, *_ = items[i * len(items) // count]
-        image = preprocess(data.read_image(path)).to(args.device)                  # (3, R, R)
+        own = bool(args.images) or config["dataset"] == "folder"
+        image = preprocess(data.read_image(path, own)).to(args.device)             # (3, R, R)
         name = re.sub(r"[^\w.]+", "-", "-".join(Path(path).with_suffix("").parts[-3:])).strip("-")
         save(f"{kind}-{i + 1}-{name}", draw(model, texts, image, path, truth, label))
 

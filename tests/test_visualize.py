@@ -55,7 +55,7 @@ def white_square(model):
 # ---- patches on pixels
 
 def test_the_model_sees_the_centre_of_the_picture(white_square):
-    seen = np.asarray(visualize.as_seen(white_square[0]))
+    seen = np.asarray(visualize.picture_of(white_square[0]))
     rows, columns = np.nonzero(seen.min(axis=2) == 255)
     assert seen.shape == (32, 32, 3) and set(seen.flatten()) == {0, 255}
     assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == (16, 8, 24, 16)
@@ -65,7 +65,7 @@ def test_the_best_patch_of_a_prompt_is_framed_on_its_own_pixels(model, white_squ
     image, texts = white_square
     similarity = visualize.patch_cosines(model, image[None], texts, 0)
     assert similarity[:, 0].max() > 0.999 > similarity[:, 0].topk(2).values[1]
-    panel = visualize.heat_map(visualize.as_seen(image), similarity[:, 0], (-1, 1), 448, [similarity[:, 0].argmax()])
+    panel = visualize.heat_map(visualize.picture_of(image), similarity[:, 0], (-1, 1), 448, [similarity[:, 0].argmax()])
     # 448 / 32 = 14 pixels for one: (16, 8, 24, 16) becomes (224, 112, 336, 224); the map itself is never pure white
     rows, columns = np.nonzero(np.asarray(panel).min(axis=2) == 255)
     assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == (224, 112, 336, 224)
@@ -253,16 +253,19 @@ def test_the_script_draws_test_pictures_at_equal_distances(trained, tmp_path, ca
     assert names == ["figure2-1-test-red_clay-0.png", "figure2-2-test-sea-0.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     config = runs.read_checkpoint(trained)["config"]
-    shown = visualize.as_seen(clip.preprocess(32)(data.read_image(f"{config['data_root']}/test/sea/0.png")))
+    shown = visualize.picture_of(clip.preprocess(32)(data.read_image(f"{config['data_root']}/test/sea/0.png")))
     with Image.open(tmp_path / names[1]) as drawn:
         left, top = 24, 24 + 32 + 16 + 27 + 6        # margin; title of 24, gap, title of 20, small gap
         panel = drawn.crop((left, top, left + 448, top + 448))
         assert np.array_equal(panel, shown.resize((448, 448), Image.NEAREST))
 
 
-def test_the_script_draws_streams_of_own_pictures(trained, pictures, tmp_path):
+def test_the_script_draws_streams_of_own_pictures_read_as_people_see_them(trained, pictures, tmp_path, monkeypatch):
+    read, read_image = [], data.read_image
+    monkeypatch.setattr(data, "read_image", lambda path, own=False: read.append(own) or read_image(path, own))
     draw(trained, "--streams", "--images", pictures / "test/sea/1.png", "--class", "wood", "--output", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["streams-1-test-sea-1.png"]
+    assert read == [True]
 
 
 def test_the_batch_is_what_training_sees_first(trained):
@@ -276,7 +279,7 @@ def test_the_batch_is_what_training_sees_first(trained):
     side, top = 160, 24 + 32 + 16                    # (1392 - 7 * 16) / 8 = 160; margin, title of 24, gap
     for i, image in enumerate(images):
         cell = sheet.crop((24 + 176 * i, top, 24 + 176 * i + side, top + side))
-        assert np.array_equal(cell, visualize.as_seen(image).resize((side, side), Image.NEAREST))
+        assert np.array_equal(cell, visualize.picture_of(image).resize((side, side), Image.NEAREST))
 
 
 def test_the_script_draws_curves_of_several_runs(trained, tmp_path):
