@@ -49,7 +49,7 @@ def score_weights(run, device):
     checkpoint, model = runs.open_run(run, device)
     config, own = checkpoint["config"], model.scores
     _, *parts, _ = data.load(config["dataset"], config["data_root"], config["shots"], config["split_seed"],
-                             config["sampler"], config["held_out"])
+                             config["sampler"], config["held_out"], config["classes"])
     model.scores = lambda outputs: {**own(outputs), **{str(weight): fuse(*outputs, weight) for weight in WEIGHTS}}
     found = {"val": {}, "test": {}}
     for part, items in zip(found, parts):

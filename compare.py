@@ -3,6 +3,7 @@
     python compare.py                                                 every method on the embedded default, 3 seeds
     python compare.py --dataset eurosat dtd --shots 1 16 --data-root DIR --model ViT-B/16
     python compare.py --methods coop sotglp --epochs 20               what it does not know itself goes to train.py
+    python compare.py --classes base                                  trained on half of the classes, tested on both
     python compare.py --ablations                                     variants of SOT-GLP beside it, see ablations.py
 
 Each run is one of train.py (or of methods/linear_probe.py) in a folder of its own below --output-dir. Stop it when you
@@ -36,6 +37,12 @@ ROWS = {"zero_shot": ("zero-shot CLIP", None, "CLIP"), "linear_probe": ("linear 
         "plot": ("PLOT on patches", ["--method", "plot"], ""),     # why none: Table 1's PLOT is PLOT++
         "locoop": ("LoCoOp", ["--method", "locoop"], "LoCoOp"), "gallop": ("GalLoP", ["--method", "gallop"], "GalLoP"),
         "sotglp": ("SOT-GLP", ["--method", "sotglp"], "SOT-GLP")}
+# The rows of --classes base.
+BASE_ROWS = {"zero_shot": ROWS["zero_shot"], "coop": ROWS["coop"],
+             "ivlp": ("IVLP", ["--method", "promptot", "--lambda-transport", "0"], ""),
+             "promptot_image": ("Prompt-OT, images alone", ["--method", "promptot", "--modality", "image"], ""),
+             "promptot_text": ("Prompt-OT, texts alone", ["--method", "promptot", "--modality", "text"], ""),
+             "promptot": ("Prompt-OT, joint", ["--method", "promptot"], "")}
 
 SECONDS = 120             # about what a run of the embedded default takes on one thread of an AMD EPYC (Zen 3)
 
@@ -61,7 +68,7 @@ def make_jobs(args):
     common = [*device, *(("--model", args.model) if args.model else ())]
     jobs = []
     for dataset in args.dataset:
-        measure_ood = has_ood_sets(dataset, args.data_root or data.default_root())
+        measure_ood = args.classes == "all" and has_ood_sets(dataset, args.data_root or data.default_root())
         for shots in args.shots:
             for row in args.methods:
                 if row == "zero_shot":                     # every run measures it
@@ -69,14 +76,16 @@ def make_jobs(args):
                 options = args.rows[row][1]
                 # why one seed of the linear probe: with a fixed draw there is nothing random in it
                 for seed in args.seeds if options is not None else args.seeds[:1]:
-                    folder = Path(args.output_dir) / f"{row}-{dataset}-{shots}shot-seed{seed}".removeprefix("sotglp-")
+                    folder = Path(runs.folder_name(row, dataset, shots, seed, args.classes, args.output_dir))
                     root = ["--data-root", args.data_root] if args.data_root and dataset != "critters" else []
                     which = ["--dataset", dataset, *root, "--shots", str(shots), "--seed", str(seed), *common,
                              "--output-dir", str(folder)]
                     commands = {"result.json": ["-m", "methods.linear_probe", *which] if options is None else
-                                ["train.py", *options, *which, *args.more, "--resume"]}
+                                ["train.py", *options, *which, "--classes", args.classes, *args.more, "--resume"]}
                     if measure_ood and options is not None:
                         commands["ood.json"] = ["ood.py", str(folder), *device]
+                    if args.classes == "base":
+                        commands["evaluation-new.json"] = ["evaluate.py", str(folder), "--classes", "new", *device]
                     if args.ablations:
                         commands["weights.json"] = ["ablations.py", str(folder), *device]
                     jobs.append(Job(row, dataset, shots, seed, folder, commands))
@@ -169,6 +178,9 @@ def measure(jobs):
         if (job.folder / "ood.json").exists():
             table = json.loads((job.folder / "ood.json").read_text(encoding="utf-8"))["table"]
             found |= {row: cells["mean"]["auroc"] for row, cells in table.items()}
+        if "evaluation-new.json" in job.commands:
+            new = json.loads((job.folder / "evaluation-new.json").read_text(encoding="utf-8"))
+            found |= {"new": new["accuracy"], "zero-shot, new": new["zero_shot_accuracy"]}
         if "weights.json" in job.commands:
             validation = ablations.read_weights(job.folder)["val"]
             found |= {"validation": validation["fused"]} if validation else {}
@@ -187,6 +199,7 @@ def make_table(args, jobs):
             if "zero_shot" in rows and trained:            # every run measures it; OOD rows come with those of ood.py
                 scores = next((row for row in rows.values() if "zero_shot_mcm" in row), {})
                 rows["zero_shot"] = {"accuracy": trained["zero-shot"][:1], "parameters": [0],
+                                     "new": trained.get("zero-shot, new", [])[:1],
                                      "mcm": scores.get("zero_shot_mcm", [])[:1],
                                      "gl_mcm": scores.get("zero_shot_gl_mcm", [])[:1]}
             table[dataset, shots] = rows
@@ -213,6 +226,20 @@ def print_table(args, table):
           "method has no such score.")
 
 
+def print_base_to_new(args, table):
+    """Accuracies on base and new classes and their harmonic mean, in percent."""
+    for (dataset, shots), rows in table.items():
+        print(f"\n{dataset}, base to new, {shots} shots, model {args.model or runs.default_model(dataset)}, seeds "
+              f"{' '.join(map(str, args.seeds))}: mean +- standard deviation")
+        heads = ("base", "new", "harmonic mean", "s/epoch", "parameters")
+        print(f"{'':26s}" + "".join(f"{head:>16s}" for head in heads))
+        for row, values in rows.items():
+            cells = [*evaluate.base_new_cells([*zip(values["accuracy"], values["new"])]).values(),
+                     evaluate.mean_and_spread(values.get("s/epoch", [])), f"{values['parameters'][0]:,}"]
+            print(f"{args.rows[row][0]:26s}" + "".join(f"{cell:>16}" for cell in cells))
+    print("\nThe harmonic mean is that of the two means; its deviation is that of the seeds' own.")
+
+
 # ---- the script ----------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
@@ -226,13 +253,18 @@ def parse_args(argv=None):
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="runs of each method; the shots stay the same (1 2 3)")
     add("--ablations", action="store_true", help="compare SOT-GLP with variants of itself")
     add("--methods", nargs="+", metavar="ROW",
-        help=f"rows (all): {', '.join(ROWS)}; with --ablations {', '.join(ablations.ROWS)}")
+        help=f"rows (all): {', '.join(ROWS)}; with --ablations {', '.join(ablations.ROWS)}; with --classes base "
+             + ", ".join(BASE_ROWS))
+    add("--classes", choices=("all", "base"), default="all",
+        help="base: train on the first half of the classes, test on each half (%(default)s)")
     add("--data-root", help="folder that holds the datasets' folders ($DATA_ROOT, else ./data)")
     add("--model", help="a CLIP name or a weights file (tiny for critters, else ViT-B/16)")
     add("--device", default=runs.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
     add("--output-dir", help="the runs are folders of it (runs, with --ablations ablations)")
     args, args.more = parser.parse_known_args(argv)
-    args.rows = ablations.ROWS if args.ablations else ROWS
+    if args.ablations and args.classes == "base":
+        parser.error("--ablations and --classes base do not go together")
+    args.rows = ablations.ROWS if args.ablations else BASE_ROWS if args.classes == "base" else ROWS
     args.methods = args.methods or [*args.rows]
     # why apart: evaluate.py --table averages what is in runs/
     args.output_dir = args.output_dir or ("ablations" if args.ablations else "runs")
@@ -256,6 +288,8 @@ def main(args):
     table = make_table(args, jobs)
     if args.ablations:
         ablations.print_tables(args, table, jobs)
+    elif args.classes == "base":
+        print_base_to_new(args, table)
     else:
         print_table(args, table)
     runs.write_json(Path(args.output_dir) / "compare.json",

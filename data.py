@@ -50,6 +50,15 @@ DATASETS = {
         pictures="{train,val,test}/<class>/*.jpg (val or test may be absent)   or only <class>/*.jpg"),
     "imagenet": Row("a photo of a {}.", 1000, (1281167, 0, 50000), 66.7, "{train,val}/<wnid>/*.JPEG",
         (("imagenet", "images"), ("imagenet", "")), ("classnames.txt",)),
+    # Variants of ImageNet, with its names and template. They are for tests alone: --on of evaluate.py.
+    "imagenet_v2": Row("a photo of a {}.", 1000, (0, 0, 10000), 60.8, "<0..999>/*.jpeg",
+        (("", "imagenetv2/imagenetv2-matched-frequency-format-val"),), ("imagenet/classnames.txt",)),
+    "imagenet_sketch": Row("a photo of a {}.", 1000, (0, 0, 50889), 46.2, "<wnid>/*.JPEG",
+        (("", "imagenet-sketch/images"),), ("imagenet/classnames.txt",)),
+    "imagenet_a": Row("a photo of a {}.", 200, (0, 0, 7500), 47.8, "<wnid>/*.jpg",
+        (("", "imagenet-adversarial/imagenet-a"),), ("imagenet/classnames.txt",)),
+    "imagenet_r": Row("a photo of a {}.", 200, (0, 0, 30000), 74.0, "<wnid>/*.jpg",
+        (("", "imagenet-rendition/imagenet-r"),), ("imagenet/classnames.txt",)),
     "fgvc_aircraft": Row("a photo of a {}, a type of aircraft.", 100, (3334, 3333, 3333), 24.8, "<7 digits>.jpg",
         (("fgvc_aircraft", "images"), ("fgvc-aircraft-2013b/data", "images")),
         ("variants.txt", "images_variant_train.txt", "images_variant_val.txt", "images_variant_test.txt")),
@@ -83,6 +92,9 @@ DATASETS = {
 }
 
 
+VARIANTS = [name for name, row in DATASETS.items() if row.sizes and not row.sizes[0]]
+
+
 def default_root():
     """The folder of the datasets where none is named: $DATA_ROOT, else ./data."""
     return os.environ.get("DATA_ROOT", "data")
@@ -108,16 +120,19 @@ def template(name, given=None):
 
 # ---- from a name to lists of items ---------------------------------------------------------------------------
 
-def load(name, root, shots, seed, sampler="exact", held_out=None):
+def load(name, root, shots, seed, sampler="exact", held_out=None, classes="all"):
     """The pictures to train on, to validate with and to test on -> train, val, test, class names.
 
     Three lists of `(path, label, class name)`, and the names ordered by label, raw: underscores stay.
     shots: images per class, drawn with `seed`; None or 0 means all. sampler: "exact" (CoOp's k-shot) or
     "proportional" (the released code's). held_out: see `folder.own_lists`, None for other datasets.
-    Validation gets up to min(shots, 4) per class from the same random stream.
+    Validation gets up to min(shots, 4) per class from the same random stream. classes: see `choose_classes`; shots are
+    drawn before, so that a class has the same ones in any case.
     Raises FileNotFoundError, with the folder looked in and the tree expected, where anything named is not there.
     """
     lists, class_names = read_lists(name, root, seed, held_out)
+    if shots and not lists["train"]:
+        raise ValueError(f"{name} has no training images: it is for evaluate.py RUN --on {name}")
     if shots:
         rng = random.Random(seed)          # one stream: train draws first, then validation
         train = {"exact": few_shot, "proportional": proportional}[sampler](lists["train"], shots, rng)
@@ -126,13 +141,23 @@ def load(name, root, shots, seed, sampler="exact", held_out=None):
         pool = lists["val"] or [item for item in lists["train"] if item not in drawn]
         val = [item for group in _by_label(pool) for item in rng.sample(group, min(len(group), shots, 4))]
         lists = {"train": train, "val": val, "test": lists["test"]}
+    lists, class_names = choose_classes(lists, class_names, classes)
     for part, items in lists.items():
-        # why not all: these three list existing files, or draw their pictures
-        gone = [] if name in ("critters", "folder", "imagenet") else download.missing(path for path, *_ in items)
+        # why not all: these list existing files, or draw their pictures
+        there = name.startswith(("critters", "folder", "imagenet"))
+        gone = [] if there else download.missing(path for path, *_ in items)
         if gone:
             raise FileNotFoundError(f"{name}: {len(gone)} of {len(items)} {part} images missing, first: {gone[0]}\n"
                                     + download.tree(name, DATASETS[name], root))
     return *lists.values(), class_names
+
+
+def choose_classes(lists, class_names, classes):
+    """Keeps the items of "all" classes, of "base", the first ceil(C / 2), or of "new", the others, numbered from 0."""
+    half = -(-len(class_names) // 2)
+    first, end = {"all": (0, len(class_names)), "base": (0, half), "new": (half, len(class_names))}[classes]
+    return {part: [(path, label - first, class_name) for path, label, class_name in items if first <= label < end]
+            for part, items in lists.items()}, class_names[first:end]
 
 
 def read_lists(name, root, seed=1, held_out=None):
@@ -141,7 +166,8 @@ def read_lists(name, root, seed=1, held_out=None):
         raise ValueError(f"no dataset is called {name!r}; there are {', '.join(DATASETS)}")
     if held_out is not None and name != "folder":
         raise ValueError(f"--held-out is for one's own pictures, --dataset folder; {name} has a test split")
-    readers = {"critters": _critters, "imagenet": folder.imagenet_lists, "fgvc_aircraft": _aircraft}
+    readers = {"critters": _critters, "imagenet": folder.imagenet_lists, "fgvc_aircraft": _aircraft,
+               **dict.fromkeys(VARIANTS, folder.variant_lists)}
     row, read = DATASETS[name], readers.get(name, _split)
     try:
         home, images = download.locate(row, root) if row.layouts else ("", "")
@@ -162,7 +188,7 @@ def _class_names(name, lists):
     labels = sorted(names)
     if labels != list(range(max(1, len(labels)))):
         raise ValueError(f"{name}: labels should run from 0 without a gap, found {labels[:3]} ... {labels[-1:]}")
-    for part in ("train", "test"):
+    for part in ("test",) if name in VARIANTS else ("train", "test"):
         without = set(labels) - {label for _, label, _ in lists[part]}
         if without:
             raise ValueError(f"{name}: class {names[min(without)]!r} has no {part} image")

@@ -37,6 +37,10 @@ LIST_LIMIT = 64 * 2**20                            # bytes that a list may have
 BY_HAND = {
     "imagenet": "register at https://image-net.org, get ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, unpack "
                 "them into one folder per class",
+    "imagenet_v2": "huggingface.co/datasets/vaishaal/ImageNetV2 has imagenetv2-matched-frequency.tar.gz",
+    "imagenet_sketch": "github.com/HaohanWang/ImageNet-Sketch says where they are",
+    "imagenet_a": "https://people.eecs.berkeley.edu/~hendrycks/imagenet-a.tar",
+    "imagenet_r": "https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar",
     "stanford_cars": "the authors' page, ai.stanford.edu/~jkrause/cars, is gone; copies of cars_train and cars_test "
                      "are in use elsewhere",
     "ucf101": "the middle frames of the videos, UCF-101-midframes.zip, are file 10Jqome3vtUA2keJkNanAiFpgbyC9Hc2O on "
@@ -144,9 +148,9 @@ def download(name, row, root):
         path = f"{home}/{file}"
         if os.path.exists(path):
             print(f"{path} is there already")
-        elif name == "imagenet" or row.digest:
-            addresses, expected = (CLASSNAMES, CLASSNAMES_DIGEST) if name == "imagenet" else (SPLITS, row.digest)
-            fetch([f"{address}/{file}" for address in addresses], path, expected)
+        elif row.digest or file.endswith("classnames.txt"):
+            addresses, expected = (SPLITS, row.digest) if row.digest else (CLASSNAMES, CLASSNAMES_DIGEST)
+            fetch([f"{address}/{os.path.basename(file)}" for address in addresses], path, expected)
             print(f"{path} downloaded, digest as expected")
 
 

@@ -4,6 +4,8 @@
     python evaluate.py runs/eurosat-16shot-seed*                      several: mean and standard deviation
     python evaluate.py runs/eurosat-16shot-seed1 --images DIR a.jpg   the five likeliest classes of each picture
     python evaluate.py runs/eurosat-16shot-seed1 --csv all.csv        the same for each picture of the test split
+    python evaluate.py --base-to-new runs/coop-eurosat-base-16shot-*  trained with --classes base, tested on all classes
+    python evaluate.py runs/coop-imagenet-16shot-seed1 --on imagenet_v2    on the pictures of another dataset
     python evaluate.py --zero-shot --dataset eurosat                  the hand-written template, no run needed
     python evaluate.py --table runs/                                  the paper's Tables 1 and 4, ours beside them
 
@@ -59,8 +61,8 @@ def count_right(model, loader, zero_shot_text, said=None):
     texts = model.encode_prompts()                       # why here: the prompts do not change between images
     for images, labels in loader:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        cls, patches = model.clip.encode_patches(images, model.stream)             # (B, W), (B, P, W)
-        scores = model.scores(model((cls, patches), texts=texts))
+        cls, patches = model.clip.encode_patches(images, model.stream or "qk")     # (B, W), (B, P, W)
+        scores = model.scores(model((cls, patches) if model.stream else images, texts=texts))
         if said is not None:
             said += likeliest(scores)
         scores["zero_shot"] = global_logits(project(cls, model.clip.visual.proj), zero_shot_text[:, None], 1.0)
@@ -153,29 +155,44 @@ def load_run(run, device="cpu"):
     return runs.open_run(run, device)[1]
 
 
-def evaluate_run(run, checkpoint, device, data_root=None, workers=0, split="test", csv_file=None):
+def other_pictures(run, config, data_root=None, on=None):
+    """The test pictures of another dataset, or of the classes that a run with --classes base lacks -> items, names."""
+    root = data_root or config["data_root"]
+    if on:
+        return data.load(on, root, 0, config["split_seed"])[2:]    # why 0 shots: no training images are needed
+    if config["classes"] != "base":
+        raise ValueError(f"{run} was trained on all classes: --classes new is for runs of train.py --classes base")
+    return data.load(config["dataset"], root, config["shots"], config["split_seed"], config["sampler"],
+                     config["held_out"], "new")[2:]
+
+
+def evaluate_run(run, checkpoint, device, data_root=None, workers=0, split="test", csv_file=None, on=None,
+                 classes=None):
     """Scores a run on its own test or validation split in its own precision -> the fields that evaluation.json gets.
 
-    csv_file: where `csv_row` of each image is written.
+    csv_file: where `csv_row` of each image is written. on: another dataset, classes: "new", in place of its own.
     """
     start = time.time()
     config = checkpoint["config"]
-    items, class_names = unseen_pictures(run, checkpoint, data_root, split)
-    model = runs.build(run, checkpoint, device)
+    items, class_names = (other_pictures(run, config, data_root, on) if on or classes else
+                          unseen_pictures(run, checkpoint, data_root, split))
+    model = runs.build(run, checkpoint, device, class_names)
     amp = runs.usable_amp(config["amp"], device)
     if amp != config["amp"]:
         print(f"note: {run} was trained in {config['amp']}, which needs a GPU; it is tested in float32", flush=True)
     if amp in runs.HALF:
         model.clip.store_matrices(runs.HALF[amp])
     said = []
-    counts = test(model, items, config["dataset"], amp, workers, template=config["template"], said=said)
+    dataset, template = (on, None) if on else (config["dataset"], config["template"])
+    counts = test(model, items, dataset, amp, workers, template=template, said=said)
     result = {**percentages(counts),
               "calibration_error": 100 * calibration_error(said, [label for _, label, _ in items]),
               "split": split, "test_images": int(counts.seen.sum()), "epoch": checkpoint["epoch"],
-              **{name: config[name] for name in ("method", "dataset", "model", "shots", "seed")},
+              **{name: config[name] for name in ("method", "dataset", "model", "shots", "seed")}, "tested_on": dataset,
               "precision": runs.precision(amp), "seconds": round(time.time() - start, 1)}
-    runs.write_json(Path(run) / "evaluation.json", result)
-    write_per_class(Path(run) / "evaluation.csv", class_names, counts)
+    name = f"evaluation-{on or classes}" if on or classes else "evaluation"
+    runs.write_json(Path(run) / f"{name}.json", result)
+    write_per_class(Path(run) / f"{name}.csv", class_names, counts)
     if csv_file:
         rows = [csv_row(path, words, class_names, label) for (path, label, _), words in zip(items, said)]
         runs.write_whole(csv_file, lambda path: write_csv(path, rows))
@@ -225,7 +242,8 @@ def our_numbers(folder):
             notes.append(f"left out: {run} (measured on validation images)")
             continue
         method = result["config"]["method"]
-        key = (result["dataset"], result["shots"], "ours" if method == "sotglp" else f"our {method}")
+        name = ("ours" if method == "sotglp" else f"our {method}") + " base" * (result["config"]["classes"] == "base")
+        key = (result["dataset"], result["shots"], name)
         config = first.setdefault(key, result["config"])
         seed = {name: result[name] for name in ("seed", "split_seed")}
         differs = runs.changes({**config, **seed}, result["config"])
@@ -307,19 +325,52 @@ def mean_and_spread(values, digits=2):
 
 # ---- the script ----------------------------------------------------------------------------------------------
 
+def read_alike(folders):
+    """The checkpoints of runs that differ in their seeds alone. Raises ValueError for others."""
+    checkpoints = [runs.read_checkpoint(run) for run in folders]
+    for run, checkpoint in zip(folders, checkpoints):
+        runs.check_kind(folders[0], checkpoints[0], run, checkpoint)
+    return checkpoints
+
+
 def report_runs(args):
     """Each run's accuracies; for several also mean and standard deviation."""
-    checkpoints = [runs.read_checkpoint(run) for run in args.runs]
-    for run, checkpoint in zip(args.runs, checkpoints):
-        runs.check_kind(args.runs[0], checkpoints[0], run, checkpoint)
     results = []
-    for run, checkpoint in zip(args.runs, checkpoints):
-        results.append(evaluate_run(run, checkpoint, args.device, args.data_root, args.workers, args.split, args.csv))
+    for run, checkpoint in zip(args.runs, read_alike(args.runs)):
+        results.append(evaluate_run(run, checkpoint, args.device, args.data_root, args.workers, args.split, args.csv,
+                                    args.on, args.classes))
         print(f"{run}: {accuracies_line(results[-1])}, {results[-1]['precision']}, expected calibration error "
               f"{results[-1]['calibration_error']:.2f} %", flush=True)
     if len(results) > 1:
         for field in (name for name in results[0] if name.endswith(("accuracy", "calibration_error"))):
             print(f"{field:18s} {mean_and_spread([result[field] for result in results])}  over {len(results)} runs")
+
+
+def base_to_new(args):
+    """Accuracies on the base and the new classes of runs with --classes base, and their harmonic means; zero-shot too.
+
+    As in the literature the last lines have the harmonic mean of the two means; the deviation is that of the runs' own.
+    """
+    rows = {"accuracy": [], "zero_shot_accuracy": []}    # (base, new) of each run
+    for run, checkpoint in zip(args.runs, read_alike(args.runs)):
+        new, base = (evaluate_run(run, checkpoint, args.device, args.data_root, args.workers, classes=classes)
+                     for classes in ("new", None))
+        for field, pairs in rows.items():
+            pairs.append((base[field], new[field]))
+            print(f"{run}: {field:18s} base {base[field]:.2f}  new {new[field]:.2f}  "
+                  f"harmonic mean {statistics.harmonic_mean(pairs[-1]):.2f}", flush=True)
+    for field, pairs in rows.items():
+        print(f"{field:18s} " + "  ".join(f"{name} {cell}" for name, cell in base_new_cells(pairs).items())
+              + f"  over {len(pairs)} run{'s' * (len(pairs) > 1)}")
+
+
+def base_new_cells(pairs):
+    """Accuracies (base, new) of several runs -> {"base", "new", "harmonic mean": "mean +- deviation"}."""
+    base, new = map(list, zip(*pairs))
+    _, _, spread = mean_and_spread([statistics.harmonic_mean(pair) for pair in pairs]).partition(" +- ")
+    mean = f"{statistics.harmonic_mean([statistics.mean(base), statistics.mean(new)]):.2f}"
+    return {"base": mean_and_spread(base), "new": mean_and_spread(new),
+            "harmonic mean": f"{mean} +- {spread}" if spread else mean}
 
 
 def zero_shot(args):
@@ -348,6 +399,9 @@ def parse_args(argv=None):
     add("--images", nargs="+", metavar="PATH", help="pictures, or folders of pictures, to name with the one RUN given")
     add("--csv", metavar="FILE", help="write what the one RUN given says of each image, with probabilities")
     add("--split", choices=("test", "val"), help="score the test or the validation images of a RUN (test)")
+    add("--classes", choices=("new",), help="test a RUN of train.py --classes base on the classes that it lacks")
+    add("--on", choices=sorted(data.DATASETS), metavar="NAME", help="test a RUN on the pictures of another dataset")
+    add("--base-to-new", action="store_true", help="RUNs on their base and on new classes, and the harmonic mean")
     add("--zero-shot", action="store_true", help="score the template; shows a wrong class order")
     add("--table", metavar="FOLDER", help="the paper's Tables 1 and 4 beside the runs below FOLDER")
     add("--dataset", choices=sorted(data.DATASETS), help="for --zero-shot (critters)")
@@ -363,7 +417,10 @@ def parse_args(argv=None):
         parser.error("name at least one RUN, or --zero-shot --dataset NAME, or --table FOLDER")
     mode, used = (("--zero-shot", "dataset model activation template data_root") if args.zero_shot else
                   ("--table", "table") if args.table else
-                  ("--images", "runs images csv") if args.images else ("a RUN", "runs csv split data_root"))
+                  ("--images", "runs images csv") if args.images else
+                  ("--base-to-new", "runs base_to_new data_root") if args.base_to_new else
+                  ("--classes", "runs classes csv data_root") if args.classes else
+                  ("--on", "runs on csv data_root") if args.on else ("a RUN", "runs csv split data_root"))
     unused = [name for name, value in vars(args).items()
               if value and name not in (*used.split(), "zero_shot", "device", "workers")]
     if unused:
@@ -389,6 +446,8 @@ def main(args):
         print_tables(args.table)
     elif args.images:
         name_files(load_run(args.runs[0], args.device), args.images, args.csv, EVAL_BATCH, args.workers)
+    elif args.base_to_new:
+        base_to_new(args)
     else:
         report_runs(args)
 

@@ -155,14 +155,25 @@ def imagenet_lists(row, home, images):
     return class_items(f"{images}/train", names), [], class_items(f"{images}/val", names)
 
 
-def class_items(folder, names):
-    """Items of folder/<class>/; the label is the class folder's rank in `names`, {class folder: class name}."""
+def variant_lists(row, home, images):
+    """A variant of ImageNet -> train and val (empty), test. Folders are called by WordNet id, those of V2 by label."""
+    names, found = read_names(f"{home}/{row.lists[0]}"), class_folders(images)
+    if all(folder.isdigit() for folder in found):
+        names = {str(label): names[wnid] for label, wnid in enumerate(sorted(names))}
+        return [], [], class_items(images, names, key=int)
+    if row.classes < 1000:                               # a variant of some of the classes
+        names = {wnid: name for wnid, name in names.items() if wnid in found}
+    return [], [], class_items(images, names)
+
+
+def class_items(folder, names, key=None):
+    """Items of folder/<class>/; the label is the class folder's rank, by key, in `names`: {class folder: name}."""
     found = class_folders(folder)
     if set(found) != set(names):
         unmatched = sorted(set(found) ^ set(names))
         raise ValueError(f"{len(names)} class names for {len(found)} class folders in {folder}; "
                          f"without counterpart: {', '.join(unmatched[:3])}{' ...' * (len(unmatched) > 3)}")
-    return [(path, label, names[at]) for label, at in enumerate(sorted(names)) for path in found[at]]
+    return [(path, label, names[at]) for label, at in enumerate(sorted(names, key=key)) for path in found[at]]
 
 
 def read_names(path):

@@ -172,7 +172,8 @@ def confidences(clip_model, images, text, model=None, prompts=None, temperature=
             "zero_shot_gl_mcm": gl_mcm(cosines, project(value, proj) @ text.T, *options),
             "zero_shot_gl_mcm_vv": gl_mcm(cosines, project(vv, proj) @ text.T, *options)}
     if model:
-        features = (cls, vv) if model.stream == "vv" else clip_model.encode_patches(images, model.stream)
+        features = images if model.stream is None else \
+            (cls, vv) if model.stream == "vv" else clip_model.encode_patches(images, model.stream)
         decisive = next(iter(model.scores(model(features, texts=prompts)).values()))    # (B, C)
         image_cosines, patch_cosines = model.cosines(features, prompts)                 # (B, C), (B, P, C)
         if image_cosines is not None:

@@ -80,7 +80,7 @@ def unseen_pictures(run, checkpoint, data_root=None, split="test"):
     config = checkpoint["config"]
     root, trained = data_root or config["data_root"], {*checkpoint["training"]}
     _, val, test, class_names = data.load(config["dataset"], root, config["shots"], config["split_seed"],
-                                          config["sampler"], config["held_out"])
+                                          config["sampler"], config["held_out"], config["classes"])
     runs.check_classes(run, checkpoint["class_names"], class_names)
     items = choose(split, val, test)
     if config["dataset"] == "folder" and not trained:

@@ -4,7 +4,7 @@
     log.jsonl      one line per epoch
     lock           the number of the process that writes here; only one can
     result.json    accuracies on the test split, configuration, versions; per_class.csv has them for each class
-    evaluation.json, evaluation.csv    the same numbers from evaluate.py
+    evaluation.json, evaluation.csv    the same numbers from evaluate.py; with -new or -DATASET for other classes
     ood.json       the table of ood.py
     weights.json   accuracies for several weights of the local branch, from ablations.py
     pictures/      what visualize.py drew
@@ -37,14 +37,14 @@ from clip.loader import check_archive
 from methods import METHODS, OPTIONS, SWITCHES
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
-# What a run writes beside last.pt, log.jsonl and lock.
-REPORTS = ("result.json", "per_class.csv", "evaluation.json", "evaluation.csv", "ood.json", "weights.json")
+# What a run writes beside last.pt, log.jsonl and lock, as patterns.
+REPORTS = ("result.json", "per_class.csv", "evaluation*.json", "evaluation*.csv", "ood.json", "weights.json")
 # What last.pt contains; training: the paths of the training pictures below the root.
 CHECKPOINT = {"learned": dict, "optimizer": dict, "scaler": dict, "config": dict, "class_names": list, "data": dict,
               "training": list, "clip_sha256": str, "threads": int, "epoch": int, "seconds": float, "log": list}
 # Options that runs of earlier versions do not name, and what they did.
 ADDED = {"method": "sotglp", "recipe": "paper", "local_mean": False, "vv_alias": False, "keep_underscores": False,
-         "activation": "quickgelu", "template": None, "held_out": None, "test_split": "test"}
+         "activation": "quickgelu", "template": None, "held_out": None, "test_split": "test", "classes": "all"}
 # Options that change how a run is computed and stored, but not what is computed.
 PRACTICAL = {"data_root", "output_dir", "device", "workers", "amp", "text_chunk", "checkpoint_text"}
 
@@ -60,10 +60,16 @@ def open_run(run, device="cpu"):
     return checkpoint, build(run, checkpoint, device)
 
 
-def build(run, checkpoint, device="cpu"):
-    """The model of a run whose checkpoint is at hand."""
+def build(run, checkpoint, device="cpu", class_names=None):
+    """The model of a run whose checkpoint is at hand, for its own classes or for others.
+
+    Raises ValueError where the classes are others and prompts of the run belong to its own ones.
+    """
     clip_model, _ = clip.load(checkpoint["config"]["model"], device, checkpoint["config"]["activation"])
-    model = make_model(clip_model, checkpoint["class_names"], checkpoint["config"])
+    class_names = class_names or checkpoint["class_names"]
+    model = make_model(clip_model, class_names, checkpoint["config"])
+    if class_names != checkpoint["class_names"]:
+        check_shared(model, run)
     restore(run, checkpoint, model, clip.weights_hash(clip_model))
     return model.eval()
 
@@ -156,9 +162,10 @@ def finished_runs(folder):
     return [path.parent for path in sorted(Path(folder).rglob("result.json"))]
 
 
-def folder_name(method, dataset, shots, seed):
+def folder_name(method, dataset, shots, seed, classes="all", folder="runs"):
     """Where a run is written if nobody says otherwise."""
-    return f"runs/{method}-{dataset}-{shots}shot-seed{seed}".replace("/sotglp-", "/")
+    parts = [method] * (method != "sotglp") + [dataset] + [classes] * (classes != "all")
+    return f"{folder}/{'-'.join(parts)}-{shots}shot-seed{seed}"
 
 
 def check_free(folder, allowed=False):
@@ -247,6 +254,14 @@ def check_kind(run, checkpoint, other, other_checkpoint):
     differs += ["it has other CLIP weights"] * (checkpoint["clip_sha256"] != other_checkpoint["clip_sha256"])
     if differs:
         raise ValueError(f"{other} is another kind of run than {run}: {differs[0]}; evaluate each alone")
+
+
+def check_shared(model, asking):
+    """Raises ValueError where a method learns prompts of each class, which say nothing of other classes."""
+    if model.class_specific:
+        raise ValueError(f"{asking}: this method learns prompts for each of its classes, which name no other classes; "
+                         "train one whose prompts are shared (for sotglp --shared-local, for coop and locoop without "
+                         "--class-specific)")
 
 
 def check_classes(run, trained, found):

@@ -197,15 +197,17 @@ class ClassTexts:
         self.text_chunk, self.checkpoint_text = text_chunk, checkpoint_text
         self.tokenized = {}
 
-    def __call__(self, prompts, suffix=""):
+    def __call__(self, prompts, suffix="", deep=None):
         """[SOS], prompt, class name, suffix, [EOT] for each prompt and class -> unit (C, N, D).  Eq. 1
 
-        prompts: (N, M, W) for all classes, or (C, N, M, W). With several ranks each process encodes its share of the
-        classes and receives the other shares, so all processes must call this together.
+        prompts: (N, M, W) for all classes, or (C, N, M, W); deep (J-1, M, W): what replaces them in deeper blocks.
+        With several ranks each process encodes its share of the classes and receives the other shares, so all processes
+        must call this together.
         """
         tokens, eot, chunks, order = self.prepare(prompts.shape[-2], suffix)
-        encode = partial(checkpoint, self.encode_chunk, use_reentrant=False) if self.checkpoint_text \
-            else self.encode_chunk
+        encode = partial(self.encode_chunk, deep=() if deep is None else (deep,))
+        if self.checkpoint_text:
+            encode = partial(checkpoint, encode, use_reentrant=False)
         # why: from here on shared prompts and prompts of each class are handled alike
         prompts = prompts.expand(len(self.class_names), -1, -1, -1)                # (C, N, M, W)
         features = torch.cat([encode(prompts[classes], tokens[classes, :longest], eot[classes])
@@ -236,14 +238,14 @@ class ClassTexts:
         tokens, *_ = self.prepare(0)
         return len(self.clip.token_embedding(tokens).flatten(1).unique(dim=0))
 
-    def encode_chunk(self, prompts, tokens, eot):
+    def encode_chunk(self, prompts, tokens, eot, deep=()):
         """Prompts (c, N, M, W) and [SOS] name [EOT] (c, S) of some classes -> unit text features (c, N, D).  Eq. 1"""
         N, M = prompts.shape[1:3]
         names = self.clip.token_embedding(tokens)[:, None].expand(-1, N, -1, -1)   # (c, N, S, W)
         # Eq. 1: [SOS]; prompt; class name; [EOT].
         # why nothing after the longest name of a chunk: the mask is causal, so it could not reach any [EOT]
         texts = torch.cat([names[:, :, :1], prompts, names[:, :, 1:]], dim=2)      # (c, N, M+S, W)
-        features = self.clip.encode_embeddings(texts.flatten(0, 1), (eot + M).repeat_interleave(N))
+        features = self.clip.encode_embeddings(texts.flatten(0, 1), (eot + M).repeat_interleave(N), *deep)
         return unit(features).unflatten(0, (-1, N))
 
 
@@ -275,11 +277,11 @@ def cuts(lengths, most):
     return found
 
 
-def gather_shares(share, n_classes, rank, world):
-    """Joins what the processes encoded: share (c, N, D) holds classes rank, rank + world, ... -> (n_classes, N, D)."""
-    # why: all_gather needs equal shapes; padding also keeps autograd connected on a process without classes
-    share = F.pad(share, (0, 0, 0, 0, 0, -(-n_classes // world) - len(share)))
-    return GatherShares.apply(share, rank, world).flatten(0, 1)[:n_classes]
+def gather_shares(share, n, rank, world):
+    """Joins rows of all processes: share (c, ...) holds the rows rank, rank + world, ... of n -> (n, ...)."""
+    # why: all_gather needs equal shapes; padding also keeps autograd connected on a process without rows
+    share = F.pad(share, (0, 0) * (share.dim() - 1) + (0, -(-n // world) - len(share)))
+    return GatherShares.apply(share, rank, world).flatten(0, 1)[:n]
 
 
 class GatherShares(torch.autograd.Function):
@@ -307,10 +309,14 @@ class Method(nn.Module):
     texts: the options of ClassTexts. The scripts use a method through these names alone; the options of its constructor
     are options of train.py:
       DEFAULTS                             train.py: the recipe, defaults of its options
-      clip, class_names, stream            its CLIP; the names by label; which of CLIP's patch streams it reads
+      clip, class_names                    its CLIP; the names by label
+      stream                               which of CLIP's patch streams it reads; None: it has its own way through the
+                                           image tower, so it always gets pictures
+      class_specific                       whether it learns something for each class: then it knows no other classes
       draw(n_images, generator)            train.py: random choices of a step, a row for each image, or None
-      forward(images, drawn, texts)        outputs, a tuple of tensors, batch first. images: (B, 3, R, R), or the tuple
-                                           that `clip.encode_patches` made of them; texts: from `encode_prompts()`
+      forward(images, drawn, texts)        outputs, a tuple of tensors, those of images batch first.
+                                           images: (B, 3, R, R), or the tuple that `clip.encode_patches` made of them;
+                                           texts: from `encode_prompts()`
       encode(prompts, suffix="")           a ClassTexts, in which the text work of every method is done
       encode_prompts()                     evaluate.py, ood.py: the texts, computed once
       loss(outputs, labels, n_batch)       train.py: this process's part of the loss of n_batch images, {term: its part}
@@ -319,6 +325,8 @@ class Method(nn.Module):
       learned_state()                      the learned tensors by name, sharing the parameters' memory
       diagnostics(images, labels)          train.py: {name: (B,)} for the log; a method may lack it
     """
+
+    class_specific = False
 
     def __init__(self, clip_model, class_names, **texts):
         super().__init__()
@@ -365,7 +373,7 @@ class SOTGLP(Method):
                  plan_gradient=True, local_mean=False, vv_alias=False, keep_underscores=False, **texts):
         super().__init__(clip_model, class_names, keep_underscores=keep_underscores, **texts)
         self.n_support, self.epsilon, self.n_iters, self.plan_gradient = n_support, epsilon, n_iters, plan_gradient
-        self.lambda_local, self.prompt_dropout = lambda_local, prompt_dropout
+        self.lambda_local, self.prompt_dropout, self.class_specific = lambda_local, prompt_dropout, class_specific
         self.local_score = local_mean_logits if local_mean else local_logits
         self.stream = ("vv_alias" if vv_alias else "vv") if vv_attention else "qk"
 

@@ -61,7 +61,11 @@ METHOD_HELP = {
     "words": "words to start from, such as 'a photo of a'; they replace --n-context",
     "class_specific": "a context of its own for each class",
     "top_k": "patches that each local prompt keeps (gallop); the own label among the k likeliest is foreground (locoop)",
-    "lambda_entropy": "weight of the entropy of background patches"}
+    "lambda_entropy": "weight of the entropy of background patches",
+    "lambda_transport": "weight of the transport to the frozen CLIP; 0 is IVLP",
+    "modality": "what the transport compares: joint, image or text",
+    "plan": "exact: permutations of up to 8 images; sinkhorn: entropic, for batches of any size",
+    "depth": "blocks with prompts, from the first; a tower with fewer blocks has them in all"}
 
 
 def parse_args(argv=None):
@@ -95,7 +99,8 @@ def parse_args(argv=None):
     args.data_root = download.absolute(args.data_root)
     if args.warmup_epochs < math.inf:                    # else check_args refuses it
         args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
-    args.output_dir = str(args.output_dir or runs.folder_name(args.method, args.dataset, args.shots, args.seed))
+    args.output_dir = str(args.output_dir or runs.folder_name(args.method, args.dataset, args.shots, args.seed,
+                                                              args.classes))
     if args.workers is None:
         args.workers = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if on_cuda else 0
     return args
@@ -121,6 +126,8 @@ def make_parser(method):
         help="of a --model that is somebody's file; weights do not show it (%(default)s)")
     add("--template", metavar="TEXT",
         help="prompt of the zero-shot row, with {} for the class name (the dataset's own)")
+    add("--classes", choices=("all", "base"), default="all",
+        help="base: train and test on the first half of the classes; evaluate.py --base-to-new tests the other half")
     add("--shots", type=int, default=16,
         help="training images per class, 0 for all; the paper has 1, 2, 4, 8, 16 (%(default)s)")
     add("--held-out", type=float, metavar="SHARE",
@@ -151,7 +158,7 @@ def make_parser(method):
         help="recompute text activations, chunk by chunk, in the backward pass: less memory, more time")
     place = parser.add_argument_group("folder of the run")
     place.add_argument("--output-dir",
-                       help="where the run is written (runs/[<method>-]<dataset>-<shots>shot-seed<seed>)")
+                       help="where the run is written (runs/[<method>-]<dataset>[-base]-<shots>shot-seed<seed>)")
     either = place.add_mutually_exclusive_group()
     either.add_argument("--resume", nargs="?", const=True, default=False, metavar="RUN",
                         help="continue the run in the output folder; with RUN, a folder, all options are that run's "
@@ -176,8 +183,8 @@ def make_parser(method):
 def check_args(args, world):
     """Raises ValueError for options that cannot work, alone or together, before any long work starts."""
     runs.check_device(args.device)
-    for name in ("lr", "weight_decay", "epsilon", "lambda_local", "lambda_entropy", "warmup_epochs", "prompt_dropout",
-                 "workers", "shots"):
+    for name in ("lr", "weight_decay", "epsilon", "lambda_local", "lambda_entropy", "lambda_transport", "warmup_epochs",
+                 "prompt_dropout", "workers", "shots"):
         if not 0 <= getattr(args, name, 0) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be a finite number and not negative, "
                              f"got {getattr(args, name)}")
@@ -189,7 +196,7 @@ def check_args(args, world):
                          f"it is the global batch, give at least {world}")
     if args.amp == "fp16" and not args.device.startswith("cuda"):
         raise ValueError("--amp fp16 needs a GPU (on CPU it is many times slower than float32): use bf16 or off")
-    for name in ("epochs", "n_global", "n_local", "n_support", "n_context", "n_iters", "text_chunk"):
+    for name in ("epochs", "n_global", "n_local", "n_support", "n_context", "n_iters", "depth", "text_chunk"):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if getattr(args, "epsilon", 1) == 0:
@@ -250,7 +257,7 @@ def set_up(args, rank, world, device):
     started = time.time()
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
     train_set, val_set, test_set, class_names = data.load(args.dataset, args.data_root, args.shots, args.split_seed,
-                                                          args.sampler, args.held_out)
+                                                          args.sampler, args.held_out, args.classes)
     test_set = choose(args.test_split, val_set, test_set)
     if args.dataset == "folder":
         folder.check(train_set + test_set, rank, world)
@@ -258,6 +265,11 @@ def set_up(args, rank, world, device):
     clip_model, preprocess = clip.load(args.model, device, args.activation)
     torch.manual_seed(args.seed)                         # why: the same initial prompts on every process
     model = runs.make_model(clip_model, class_names, config, (rank, world))
+    if args.classes == "base":
+        runs.check_shared(model, "--classes base is for a test on new classes")
+    if args.cache_features and not model.stream:
+        raise ValueError(f"--cache-features: {args.method} learns prompts of the image tower, so that the features of "
+                         "an image change with every step; leave the option out")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -467,8 +479,8 @@ def save_checkpoint(run):
                   **run.fingerprint, "epoch": run.epochs_done, "seconds": time.time() - run.started, "log": run.log}
     runs.write_whole(run.folder / "last.pt", lambda path: torch.save(checkpoint, path))
     if run.epochs_done == 1:
-        for name in runs.REPORTS:
-            (run.folder / name).unlink(missing_ok=True)
+        for path in (path for pattern in runs.REPORTS for path in run.folder.glob(pattern)):
+            path.unlink(missing_ok=True)
 
 
 def write_log(run):
@@ -486,7 +498,8 @@ def plain_memory_error(model):
     except torch.OutOfMemoryError as error:
         raise MemoryError("out of GPU memory: the text tower encodes every prompt of "
                           f"{len(model.class_names)} classes in each step. --checkpoint-text with a smaller "
-                          "--text-chunk helps, or more GPUs; a smaller batch does not") from error
+                          "--text-chunk helps, or more GPUs; a smaller batch does not, unless the image tower has "
+                          "learned prompts too") from error
 
 
 def report_finished(run):

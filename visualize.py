@@ -197,7 +197,7 @@ def streams(model, texts, image, name, truth=None, label=None):
     """The same prompts on the run's own patch tokens and on CLIP's other streams. Arguments as of `figure_2`."""
     picture, side = picture_of(image), (WIDTH - 5 * GAP) // 6
     label, parts = look(model, image[None], texts, label).label, []
-    for stream in dict.fromkeys((model.stream, "vv", "qk", "value")):
+    for stream in dict.fromkeys((model.stream or "qk", "vv", "qk", "value")):
         tokens = model.clip.encode_patches(image[None], stream)                    # (1, W), (1, P, W)
         similarity = patch_cosines(model, tokens, texts, label)                    # (P, L)
         if similarity is None:
@@ -258,7 +258,7 @@ def run_items(run, checkpoint, data_root, split):
         return predict.unseen_pictures(run, checkpoint, data_root, split)[0]
     config = checkpoint["config"]
     items, *_, class_names = data.load(config["dataset"], data_root or config["data_root"], config["shots"],
-                                       config["split_seed"], config["sampler"], config["held_out"])
+                                       config["split_seed"], config["sampler"], config["held_out"], config["classes"])
     runs.check_classes(run, checkpoint["class_names"], class_names)
     return items
 

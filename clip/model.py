@@ -121,6 +121,22 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, width // 64) for _ in range(layers))
 
+    def forward(self, x, place=0, causal=False, prompts=(), start=1):
+        """All blocks, for the token at one place of each sequence: x (B, S, W), place (B,) or a number -> (B, W).
+
+        prompts (J-1, n, W): deep prompts. Before block i, 0 < i < J, they take the place of the n tokens from `start`
+        on; after block J-1 these tokens go on like others. Raises ValueError for more layers than there are blocks.
+        """
+        *blocks, last = self.resblocks
+        if len(prompts) > len(blocks):
+            raise ValueError(f"prompts for {len(prompts) + 1} layers, but this tower has {len(self.resblocks)} blocks")
+        for i, block in enumerate(blocks):
+            x = block(x, causal)
+            if i < len(prompts):
+                new = prompts[i].expand(len(x), -1, -1)                            # (B, n, W)
+                x = torch.cat([x[:, :start], new, x[:, start + new.shape[1]:]], dim=1)
+        return last.forward_one(x, place, causal)
+
 
 class VisionTransformer(nn.Module):
     """The image tower. `forward` gives tokens after `ln_post`; `proj` leads from there to the joint space."""
@@ -136,11 +152,17 @@ class VisionTransformer(nn.Module):
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.empty(width, embed_dim))
 
-    def embed(self, images):
-        """Images -> Z_0, the tokens that both streams start from: (B, 3, R, R) -> (B, 1+P, W)."""
+    def embed(self, images, prompts=None):
+        """Images -> Z_0, the tokens that both streams start from: (B, 3, R, R) -> (B, 1+P, W).
+
+        prompts (n, W): more tokens behind the patches, without a place of their own.
+        """
         patches = self.conv1(images).flatten(2).transpose(1, 2)                    # (B, P, W)
         cls = self.class_embedding.expand(len(images), 1, -1)
-        return self.ln_pre(torch.cat([cls, patches], dim=1) + self.positional_embedding)
+        tokens = torch.cat([cls, patches], dim=1) + self.positional_embedding
+        if prompts is not None:
+            tokens = torch.cat([tokens, prompts.expand(len(images), -1, -1)], dim=1)                # (B, 1+P+n, W)
+        return self.ln_pre(tokens)
 
     def forward(self, images, stream="vv"):
         """Images -> CLS token of the ordinary stream (B, W), patch tokens of the chosen stream (B, P, W)."""
@@ -201,24 +223,25 @@ class CLIP(nn.Module):
         """
         return self.visual(images, stream)
 
-    def encode_image(self, images):
-        """Images (B, 3, R, R) -> image features (B, D), not normalised, as OpenAI's."""
-        x = self.visual.embed(images)
-        *blocks, last = self.visual.transformer.resblocks
-        for block in blocks:
-            x = block(x)
-        return self.visual.ln_post(last.forward_one(x)) @ self.visual.proj
+    def encode_image(self, images, prompts=None):
+        """Images (B, 3, R, R) -> image features (B, D), not normalised, as OpenAI's.
 
-    def encode_embeddings(self, embeddings, eot):
+        prompts (J, n, W): deep prompts behind the patches, a row for each of the first J blocks.
+        """
+        first, *deeper = (None,) if prompts is None else prompts
+        x = self.visual.transformer(self.visual.embed(images, first), prompts=deeper,
+                                    start=len(self.visual.positional_embedding))
+        return self.visual.ln_post(x) @ self.visual.proj
+
+    def encode_embeddings(self, embeddings, eot, prompts=None):
         """Token embeddings (n, S, W) and the places of their [EOT] (n,) -> text features (n, D), not normalised.
 
         This is how learned prompts enter the text tower (Eq. 1): S may be any length up to the context length.
+        prompts (J-1, m, W): deep prompts in the places 1 to m, a row for each of the blocks 1 to J-1.
         """
         x = embeddings + self.positional_embedding[: embeddings.shape[1]]
-        *blocks, last = self.transformer.resblocks
-        for block in blocks:
-            x = block(x, causal=True)
-        return self.ln_final(last.forward_one(x, eot, causal=True)) @ self.text_projection
+        x = self.transformer(x, eot, causal=True, prompts=() if prompts is None else prompts)
+        return self.ln_final(x) @ self.text_projection
 
     def encode_text(self, tokens):
         """Token ids (n, S) from `clip.tokenize` -> text features (n, D), not normalised, as OpenAI's."""

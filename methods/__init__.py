@@ -13,10 +13,11 @@ from methods.coop import CoOp
 from methods.gallop import GalLoP
 from methods.locoop import LoCoOp
 from methods.plot import PLOT
+from methods.promptot import PromptOT
 from methods.variants import DenseTransport, IndependentTopK
 
 METHODS = {"sotglp": SOTGLP, "coop": CoOp, "gallop": GalLoP, "plot": PLOT, "locoop": LoCoOp,
-           "independent": IndependentTopK, "dense": DenseTransport}
+           "promptot": PromptOT, "independent": IndependentTopK, "dense": DenseTransport}
 
 # Options of train.py that switch off what a method has by default, and what they switch off.
 SWITCHES = {"no_local_projection": "local_projection", "no_vv": "vv_attention", "shared_local": "class_specific",

@@ -44,6 +44,7 @@ class CoOp(Method):
 
     def __init__(self, clip_model, class_names, n_context=16, words=None, class_specific=False, **texts):
         super().__init__(clip_model, class_names, **texts)
+        self.class_specific = class_specific
         width = clip_model.token_embedding.weight.shape[1]
         shape = (len(self.class_names),) if class_specific else ()
         start = self.word_vectors(words).expand(*shape, -1, -1).clone() if words else \

@@ -37,6 +37,11 @@ def started(monkeypatch):
             table = {row: {"near": {"auroc": 1.0}, "mean": {"auroc": value}} for row, value in AUROC.items()}
             (Path(options[0]) / "ood.json").write_text(json.dumps({"table": table}))
             return subprocess.CompletedProcess(command, 0)
+        if name == "evaluate.py":
+            result = json.loads((Path(options[0]) / "result.json").read_text())
+            new = {"accuracy": result["accuracy"] - 20, "zero_shot_accuracy": 41.0}
+            (Path(options[0]) / "evaluation-new.json").write_text(json.dumps(new))
+            return subprocess.CompletedProcess(command, 0)
         args = methods.linear_probe.parse_args(options[1:]) if name == "-m" else script.parse_args(options)
         config = {"method": "linear_probe", **vars(args)}
         if ("fail", args.seed) in ACCURACY:
@@ -83,6 +88,25 @@ def test_what_is_missing_runs_once_and_the_table_has_its_means(started, tmp_path
     assert [name for name, *_ in started] == ["ood.py"]
     saved = json.loads((tmp_path / "compare.json").read_text())
     assert saved[0]["row"] == "coop" and saved[0]["accuracy"] == [80, 90, 85]
+
+
+def test_base_to_new_has_the_mean_of_each_half_and_the_harmonic_mean_of_the_two(started, tmp_path, capsys):
+    run(tmp_path, "--classes", "base", "--methods", "zero_shot", "coop", "--seeds", "1", "2")
+    assert [name for name, *_ in started].count("evaluate.py") == 2 and "ood.py" not in {name for name, *_ in started}
+    assert (tmp_path / "coop-critters-base-16shot-seed1/evaluation-new.json").exists()
+    rows = {line[:26].strip(): line[26:].split() for line in capsys.readouterr().out.splitlines()}
+    # base 80 and 90, new 60 and 70: means 85 and 65, so 2 * 85 * 65 / 150 = 73.67; sd of 68.57 and 78.75: 10.18 / sqrt(2)
+    assert rows["CoOp"][:9] == ["85.00", "+-", "7.07", "65.00", "+-", "7.07", "73.67", "+-", "7.20"]
+    assert rows["zero-shot CLIP"][:3] == ["31.00", "41.00", "35.31"]      # 2 * 31 * 41 / 72
+    started.clear()
+    run(tmp_path, "--classes", "base", "--methods", "coop", "--seeds", "1", "2")
+    assert started == []
+
+
+def test_base_to_new_has_rows_of_its_own(capsys):
+    with pytest.raises(SystemExit):
+        compare.parse_args(["--classes", "base", "--methods", "linear_probe"])
+    assert "no row linear_probe: choose from zero_shot, coop, ivlp" in capsys.readouterr().err
 
 
 def test_the_papers_column_stands_beside_vit_b16_at_16_shots_alone(started, tmp_path, capsys):

@@ -198,6 +198,14 @@ FACTS = {
                 "split_zhou_EuroSAT.json", "541503a77d0b26b735d85ec7a3e672804fe0aa466c2e5f07da772cc6c0af8ad2"),
     "ucf101": ("a photo of a person doing {}.", 101, (7639, 1898, 3783), 64.7, ("ucf101", "UCF-101-midframes"), None,
                "split_zhou_UCF101.json", "d78cb834f7c5792ceaff2c5ee2d7c76a9e4086e48a3a6b01232989d29cbefdd8"),
+    "imagenet_v2": ("a photo of a {}.", 1000, (0, 0, 10000), 60.8,
+                    ("", "imagenetv2/imagenetv2-matched-frequency-format-val"), None, "imagenet/classnames.txt", None),
+    "imagenet_sketch": ("a photo of a {}.", 1000, (0, 0, 50889), 46.2, ("", "imagenet-sketch/images"), None,
+                        "imagenet/classnames.txt", None),
+    "imagenet_a": ("a photo of a {}.", 200, (0, 0, 7500), 47.8, ("", "imagenet-adversarial/imagenet-a"), None,
+                   "imagenet/classnames.txt", None),
+    "imagenet_r": ("a photo of a {}.", 200, (0, 0, 30000), 74.0, ("", "imagenet-rendition/imagenet-r"), None,
+                   "imagenet/classnames.txt", None),
     # 16 classes of 64, 40 and 60 drawn pictures
     "critters": ("a photo of a {}.", 16, (1024, 640, 960), None, None, None, None, None),
     "folder": ("a photo of a {}.", None, None, None, ("", ""), None, None, None),
@@ -266,6 +274,55 @@ def test_imagenets_folders_may_lie_without_images_above(imagenet):
         (imagenet / "imagenet/images" / part).rename(imagenet / "imagenet" / part)
     (imagenet / "imagenet/images").rmdir()
     assert len(data.load("imagenet", imagenet, 0, 1)[2]) == 6
+
+
+def variant(root, name, folders):
+    """A variant of ImageNet made of empty files, one in each folder; 12 classes in all, two of one name."""
+    (root / "imagenet").mkdir(exist_ok=True)
+    (root / "imagenet/classnames.txt").write_text("".join(f"n{i:02d} name {i % 11}\n" for i in range(12)))
+    for folder in folders:
+        path = root / data.DATASETS[name].layouts[0][1] / folder
+        path.mkdir(parents=True)
+        (path / "a.jpeg").touch()
+    return data.load(name, root, 0, 1)
+
+
+def test_folders_of_v2_are_called_by_label(tmp_path):
+    train, val, test, class_names = variant(tmp_path, "imagenet_v2", map(str, range(12)))
+    assert (train, val) == ([], []) and class_names == [f"name {i % 11}" for i in range(12)]
+    assert [(path.split("/")[-2], label) for path, label, _ in test] == [(str(i), i) for i in range(12)]
+
+
+@pytest.mark.parametrize("name", ["imagenet_a", "imagenet_r"])
+def test_a_variant_may_have_some_of_the_classes_only(name, tmp_path):
+    *_, test, class_names = variant(tmp_path, name, ("n11", "n00", "n05"))
+    assert class_names == ["name 0", "name 5", "name 0"] and [label for _, label, _ in test] == [0, 1, 2]
+
+
+def test_a_class_folder_that_a_variant_should_have_is_missed(tmp_path):
+    with pytest.raises(ValueError, match="12 class names for 11 class folders .*: n03"):
+        variant(tmp_path, "imagenet_sketch", [f"n{i:02d}" for i in range(12) if i != 3])
+
+
+def test_a_class_folder_that_imagenet_lacks_is_named(tmp_path):
+    with pytest.raises(ValueError, match="1 class names for 2 class folders .*: n99"):
+        variant(tmp_path, "imagenet_a", ("n01", "n99"))
+
+
+def test_variants_of_imagenet_are_for_tests_alone(tmp_path):
+    variant(tmp_path, "imagenet_a", ("n01",))
+    with pytest.raises(ValueError, match="imagenet_a has no training images.*--on imagenet_a"):
+        data.load("imagenet_a", tmp_path, 1, 1)
+
+
+def test_base_and_new_classes_of_an_odd_number(eurosat):
+    # three classes: ceil(3 / 2) = 2 are base, the third is new and has label 0
+    whole = data.load("eurosat", eurosat, 1, 1)
+    base, new = (data.load("eurosat", eurosat, 1, 1, classes=classes) for classes in ("base", "new"))
+    assert base[3] == whole[3][:2] and new[3] == whole[3][2:]
+    for all_items, base_items, new_items in zip(whole[:3], base[:3], new[:3]):
+        assert base_items == [item for item in all_items if item[1] < 2] != []
+        assert new_items == [(path, 0, name) for path, label, name in all_items if label == 2] != []
 
 
 def test_aircraft_labels_are_lines_of_variants(tmp_path):

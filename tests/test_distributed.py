@@ -10,7 +10,7 @@ import torch
 from conftest import TORCHRUN, random_clip, read, run, train
 from methods import METHODS, locoop
 from sotglp import SOTGLP, objective
-from two_ranks import CACHED, CASES, NAMES, batch, gradients, make_method, make_model, step_of_a_method
+from two_ranks import CACHED, CASES, NAMES, batch, gradients, make_method, make_model, step_of_a_method, transport_of_three
 
 WEIGHTS = b"weights"
 
@@ -79,6 +79,14 @@ def test_background_patches_are_uneven_over_the_processes():
     outputs = make_method("locoop")(images)
     counts = locoop.background(outputs[1], labels, 1).sum(dim=1).tolist()
     assert counts[0] + counts[2] != 2 * counts[1] and all(counts)
+
+
+def test_the_plan_of_prompt_ot_is_that_of_the_whole_batch(pair):
+    loss, by_image, by_text = transport_of_three(0, 1)
+    (first, *zero), (second, *one) = (rank["transport"] for rank in pair[0])
+    assert first + second == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close((zero[0], one[0]), (by_image[0::2], by_image[1::2]))
+    torch.testing.assert_close(zero[1] + one[1], by_text)
 
 
 def test_one_process_downloads_and_both_get_the_file_or_the_error(pair):

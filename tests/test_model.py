@@ -306,3 +306,57 @@ def test_weights_that_take_too_much_are_refused(monkeypatch):
     monkeypatch.setattr("clip.model.LIMIT", 59 * 400)
     with pytest.raises(ValueError, match="these weights take 24000 bytes, more than 23600"):
         build_model(dict.fromkeys(map(str, range(60)), torch.zeros(100)))
+
+
+# ---- deep prompts
+
+class AddTen(torch.nn.Module):
+    """In place of a block: adds 10, and keeps what it got."""
+
+    def forward(self, x, causal=False):
+        self.got = x
+        return x + 10
+
+    def forward_one(self, x, place=0, causal=False):
+        return self(x)[:, 0]
+
+
+def test_deep_prompts_stand_in_their_places_in_every_block(clip_model):
+    for tower in (clip_model.visual.transformer, clip_model.transformer):
+        tower.resblocks = torch.nn.ModuleList(AddTen() for _ in range(3))
+    images, prompts = torch.randn(2, 3, 32, 32), torch.randn(2, 4, 128)           # J = 2 of three blocks, n = 4
+    clip_model.encode_image(images, prompts)
+    first, second, third = (block.got for block in clip_model.visual.transformer.resblocks)
+    plain = clip_model.visual.embed(images)                                        # CLS and 16 patches
+    for found, tokens, behind in ((first, plain, clip_model.visual.ln_pre(prompts[0])),
+                                  (second, plain + 10, prompts[1]), (third, plain + 20, prompts[1] + 10)):
+        torch.testing.assert_close(found, torch.cat([tokens, behind.expand(2, -1, -1)], 1))
+
+    embeddings, prompts = torch.randn(5, 9, 128), torch.randn(1, 4, 128)           # J - 1 = 1
+    clip_model.encode_embeddings(embeddings, torch.full((5,), 8), prompts)
+    first, second, third = (block.got for block in clip_model.transformer.resblocks)
+    plain = embeddings + clip_model.positional_embedding[:9]
+    for found, tokens, inside in ((first, plain, plain[:, 1:5]), (second, plain + 10, prompts),
+                                  (third, plain + 20, prompts + 10)):
+        expected = torch.cat([tokens[:, :1], inside.expand(5, -1, -1), tokens[:, 5:]], 1)
+        torch.testing.assert_close(found, expected)
+
+
+def test_deep_prompts_reach_the_features_and_get_gradients(clip_model):
+    image_prompts, text_prompts = torch.zeros(2, 4, 128, requires_grad=True), torch.zeros(1, 4, 128, requires_grad=True)
+    images, embeddings, eot = torch.randn(2, 3, 32, 32), torch.randn(3, 9, 128), torch.tensor([8, 7, 8])
+    for prompted, plain, prompts in (
+            (clip_model.encode_image(images, image_prompts), clip_model.encode_image(images), image_prompts),
+            (clip_model.encode_embeddings(embeddings, eot, text_prompts), clip_model.encode_embeddings(embeddings, eot),
+             text_prompts)):
+        assert not torch.allclose(prompted, plain, atol=1e-3)                      # even a zero token takes attention
+        prompted.square().sum().backward()
+        assert (prompts.grad.flatten(1).abs().amax(dim=1) > 0).all()
+    assert torch.equal(clip_model.encode_image(images, None), clip_model.encode_image(images))
+
+
+def test_prompts_of_more_layers_than_blocks_are_refused(clip_model):
+    with pytest.raises(ValueError, match="prompts for 3 layers, but this tower has 2 blocks"):
+        clip_model.encode_image(torch.randn(1, 3, 32, 32), torch.zeros(3, 4, 128))
+    with pytest.raises(ValueError, match="prompts for 3 layers, but this tower has 2 blocks"):
+        clip_model.encode_embeddings(torch.randn(1, 9, 128), torch.tensor([8]), torch.zeros(2, 4, 128))

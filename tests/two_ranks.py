@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 from clip import loader  # noqa: E402
 from methods import METHODS  # noqa: E402
-from sotglp import SOTGLP, draw_prompts, objective  # noqa: E402
+from methods.promptot import transport_loss  # noqa: E402
+from sotglp import SOTGLP, draw_prompts, objective, unit  # noqa: E402
 
 # Names of 2, 1, 1, 3 and 7 tokens. Sorted by length they stand in the order 1, 2, 0, 3, 4: not its own inverse.
 NAMES = ["sea lake", "cat", "dog", "annual crop land", "a rather long name of a class"]
@@ -74,6 +75,19 @@ def step_of_a_method(name, n_images, rank, world):
     return gradients(model), loss.item()
 
 
+def transport_of_three(rank, world):
+    """Prompt-OT's loss of three made-up images of one class -> this rank's part, its gradients by image and by text.
+
+    Each image is most like the frozen one of another rank, so that a plan made by each rank alone would be wrong.
+    """
+    torch.manual_seed(4)
+    frozen, text, frozen_text = (unit(torch.randn(n, 8)) for n in (3, 2, 2))
+    image, text, labels = frozen.roll(1, 0)[rank::world].requires_grad_(), text.requires_grad_(), torch.zeros(3).long()
+    loss = transport_loss(image, text, frozen[rank::world], frozen_text, labels[rank::world], n_batch=3,
+                          ranks=(rank, world))
+    return loss.item(), *torch.autograd.grad(loss, (image, text))
+
+
 def fetched(address):
     """What a rank gets from the loader: the path of the file, or its error in words."""
     try:
@@ -87,6 +101,7 @@ def main(folder, address, missing, *options):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     seen = {name: share_of_a_step(*case, rank, world) for name, case in CASES.items()}
     seen |= {f"{name}, {n}": step_of_a_method(name, n, rank, world) for name in METHODS for n in (3, 1)}
+    seen |= {"transport": transport_of_three(rank, world)}
     seen |= {"there": fetched(address), "missing": fetched(missing), "threads": torch.get_num_threads()}
     torch.save(seen, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
