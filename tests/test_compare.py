@@ -95,7 +95,8 @@ def test_base_to_new_has_the_mean_of_each_half_and_the_harmonic_mean_of_the_two(
     assert [name for name, *_ in started].count("evaluate.py") == 2 and "ood.py" not in {name for name, *_ in started}
     assert (tmp_path / "coop-critters-base-16shot-seed1/evaluation-new.json").exists()
     rows = {line[:26].strip(): line[26:].split() for line in capsys.readouterr().out.splitlines()}
-    # base 80 and 90, new 60 and 70: means 85 and 65, so 2 * 85 * 65 / 150 = 73.67; sd of 68.57 and 78.75: 10.18 / sqrt(2)
+    # base 80 and 90, new 60 and 70: means 85 and 65, so 2 * 85 * 65 / 150 = 73.67; the runs' own are 68.57 and 78.75,
+    # of which the sd is 10.18 / sqrt(2)
     assert rows["CoOp"][:9] == ["85.00", "+-", "7.07", "65.00", "+-", "7.07", "73.67", "+-", "7.20"]
     assert rows["zero-shot CLIP"][:3] == ["31.00", "41.00", "35.31"]      # 2 * 31 * 41 / 72
     started.clear()
@@ -209,6 +210,6 @@ def test_each_weight_weighs_the_local_branch(trained, tmp_path, monkeypatch):
 
 def test_every_method_has_a_row_and_every_row_a_method():
     # the options of each row are options of train.py, and each method stands in the table
-    rows = [*compare.ROWS.values(), *compare.ablations.ROWS.values()]
+    rows = [row for rows in (compare.ROWS, compare.BASE_ROWS, compare.ablations.ROWS) for row in rows.values()]
     trained = [script.parse_args(row[1]).method for row in rows if row[1] is not None]
     assert {*trained} == {*compare.train.METHODS}

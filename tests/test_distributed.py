@@ -10,7 +10,8 @@ import torch
 from conftest import TORCHRUN, random_clip, read, run, train
 from methods import METHODS, locoop
 from sotglp import SOTGLP, objective
-from two_ranks import CACHED, CASES, NAMES, batch, gradients, make_method, make_model, step_of_a_method, transport_of_three
+from two_ranks import (CACHED, CASES, NAMES, batch, gradients, make_method, make_model, step_of_a_method,
+                       transport_of_three)
 
 WEIGHTS = b"weights"
 

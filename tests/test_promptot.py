@@ -87,7 +87,7 @@ def test_joint_transport_lies_between_the_separate_ones_and_the_pointwise_loss()
         joint, image, text = (transport_loss(*batch, modality=modality) for modality in ("joint", "image", "text"))
         pointwise = (1 - (z * z0).sum(1)).mean() + (1 - (t * t0).sum(1)[labels]).mean()
         assert image + text <= joint + 1e-12 and joint <= pointwise + 1e-12
-    assert joint <= transport_loss(*batch, plan="sinkhorn")                        # no plan is cheaper than the exact one
+    assert joint <= transport_loss(*batch, plan="sinkhorn")                   # no plan is cheaper than the exact one
 
 
 def test_equal_features_cost_nothing():
@@ -273,8 +273,8 @@ def test_prompts_of_each_class_name_no_other_classes(ask, trained, tmp_path, cap
     (("--method", "promptot", "--depth", 0), "--depth must be at least 1")])
 def test_what_cannot_work_is_refused_before_training(arguments, complaint, pictures, clip_file, tmp_path):
     with pytest.raises(SystemExit, match=complaint):
-        train(*arguments, "--dataset", "folder", "--data-root", pictures, "--model", clip_file, "--shots", 3, "--device",
-              "cpu", "--output-dir", tmp_path)
+        train(*arguments, "--dataset", "folder", "--data-root", pictures, "--model", clip_file, "--shots", 3,
+              "--device", "cpu", "--output-dir", tmp_path)
     assert not (tmp_path / "last.pt").exists()
 
 
