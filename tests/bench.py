@@ -43,7 +43,7 @@ parser.add_argument("--repeats", type=int, default=3, help="of each timing; the 
 parser.add_argument("--json", metavar="FILE", help="also write the table as JSON")
 parser.add_argument("--against", metavar="DIR", help="another checkout to compare with")
 parser.add_argument("--project", default=Path(__file__).resolve().parent.parent, type=Path, help=argparse.SUPPRESS)
-parser.add_argument("--peak", choices=("plain", "ours"), help=argparse.SUPPRESS)
+parser.add_argument("--peak", choices=("plain", "ours", "prompted"), help=argparse.SUPPRESS)
 args = parser.parse_args()
 os.environ["OMP_NUM_THREADS"] = "1"          # before torch is imported
 sys.path.insert(0, str(args.project))
@@ -138,10 +138,14 @@ def peak_of_a_step(which):
 
 
 def print_peak(which):
-    model, (images, kept, labels) = SOTGLP(vit_b16(), NAMES).train(), batch(4, 10)
+    images, kept, labels = batch(4, 10)
+    model = prompted() if which == "prompted" else SOTGLP(vit_b16(), NAMES).train()
     resident = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")         # the peak counts from here on
-    step(model, images, kept, labels, plain=which == "plain")
+    if which == "prompted":
+        prompted_step(model, images, labels)
+    else:
+        step(model, images, kept, labels, plain=which == "plain")
     print((status("VmHWM") - resident) / 1024)
 
 
@@ -158,6 +162,17 @@ def batch(n, n_classes):
 def step(model, images, kept, labels, plain=False):
     g, l = plain_forward(model, images, kept) if plain else model(images, kept)
     objective(g, l, labels).backward()
+
+
+def prompted():
+    """Prompt-OT: prompts in all blocks of both towers."""
+    from methods.promptot import PromptOT     # why here: a checkout to compare with may have none
+    return PromptOT(vit_b16(), NAMES).train()
+
+
+def prompted_step(model, images, labels):
+    """A step of Prompt-OT, whose gradients go through both towers. The frozen texts are computed in the first one."""
+    model.loss(model(images), labels, len(labels))[0].backward()
 
 
 def backward(texts):
@@ -205,6 +220,10 @@ def measure():
     table["evaluation, images/s"] = 4 / times["images B=4, both streams"]
     table["peak memory of a step C=10 B=4, MiB, plain"] = peak_of_a_step("plain")
     table["peak memory of a step C=10 B=4, MiB"] = peak_of_a_step("ours")
+    if (args.project / "methods/promptot.py").exists():
+        model = prompted()
+        table |= take_turns({"step of Prompt-OT C=10 B=4": lambda: prompted_step(model, four[0], four[2])}, args.repeats)
+        table["peak memory of a step of Prompt-OT C=10 B=4, MiB"] = peak_of_a_step("prompted")
     if not args.quick:
         table |= hundred_classes(clip_model)
     return table | loader_and_starts()
