@@ -14,6 +14,7 @@ from PIL import Image
 import clip
 import data
 import evaluate
+import folder
 import ood
 import predict
 from conftest import PROJECT, copy, read, train
@@ -159,7 +160,7 @@ def test_a_csv_of_the_test_split_has_the_accuracies_and_the_calibration_in_it(tr
 
 # ---- what is read, and how -----------------------------------------------------------------------------------
 
-def test_every_part_of_a_run_reads_pictures_as_people_see_them(options, tmp_path, monkeypatch):
+def test_every_part_of_a_run_reads_pictures_as_people_see_them(options, pictures, tmp_path, monkeypatch, capsys):
     own = []
     Image.new("RGB", (40, 40)).save((tmp_path / "x").mkdir() or tmp_path / "x/0.png")
 
@@ -169,17 +170,19 @@ def test_every_part_of_a_run_reads_pictures_as_people_see_them(options, tmp_path
             own.append(self.own)
 
     monkeypatch.setattr(data, "Pictures", Spy)
+    monkeypatch.setattr(folder, "remarks", lambda root: [f"a remark on {root}"])
     train(*options, "--epochs", 1, "--output-dir", tmp_path / "run")                            # training, test
     train(*options, "--epochs", 1, "--cache-features", "--output-dir", tmp_path / "run", "--overwrite")
     ood.main(ood.parse_args([str(tmp_path / "run"), "--device", "cpu", "--ood-root", f"x={tmp_path}/x"]))
     assert own == [True] * 6                                                                    # ID and x
+    assert capsys.readouterr().out.count(f"a remark on {pictures}\n") == 2                      # once for each training
 
 
 def test_what_cannot_be_read_is_named_before_training(options, pictures, tmp_path):
     shutil.copytree(pictures, tmp_path / "all")
     for name in ("sea/0.png", "wood/1.png"):
         (tmp_path / "all/test" / name).write_bytes((pictures / "test" / name).read_bytes()[:-99])
-    with pytest.raises(SystemExit, match="2 of 16 pictures cannot be read.*\n.*test/sea/0.png: .*\n.*test/wood/1.png: "):
+    with pytest.raises(SystemExit, match="2 of 16 pictures cannot be read.*\n.*sea/0.png: .*\n.*wood/1.png: "):
         train(*options, "--data-root", tmp_path / "all", "--output-dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
