@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from clip.tokenizer import SOS
 from sinkhorn import in_float32, sinkhorn
 
 TEMPLATE = "a photo of a"  # Sec. 3.1: tau_init; it also fixes M = 4
@@ -205,12 +206,12 @@ class ClassTexts:
         must call this together.
         """
         tokens, eot, chunks, order = self.prepare(prompts.shape[-2], suffix)
-        encode = partial(self.encode_chunk, deep=() if deep is None else (deep,))
-        if self.checkpoint_text:
-            encode = partial(checkpoint, encode, use_reentrant=False)
-        # why: from here on shared prompts and prompts of each class are handled alike
-        prompts = prompts.expand(len(self.class_names), -1, -1, -1)                # (C, N, M, W)
-        features = torch.cat([encode(prompts[classes], tokens[classes, :longest], eot[classes])
+        shared = prompts.dim() == 3 and deep is None
+        if not shared:
+            prompts = prompts.expand(len(self.class_names), -1, -1, -1)            # (C, N, M, W)
+        encode = self.encode_shared if shared else partial(self.encode_own, deep=() if deep is None else (deep,))
+        encode = partial(checkpoint, encode, use_reentrant=False) if self.checkpoint_text else encode
+        features = torch.cat([encode(prompts if shared else prompts[classes], tokens[classes, :longest], eot[classes])
                               for classes, longest in chunks])                     # (c, N, D), this rank's share
         if self.ranks[1] > 1:
             features = gather_shares(features, len(self.class_names), *self.ranks) # (C, N, D), still sorted by length
@@ -238,7 +239,14 @@ class ClassTexts:
         tokens, *_ = self.prepare(0)
         return len(self.clip.token_embedding(tokens).flatten(1).unique(dim=0))
 
-    def encode_chunk(self, prompts, tokens, eot, deep=()):
+    def encode_shared(self, prompts, tokens, eot):
+        """Prompts (N, M, W) of all classes and [SOS] name [EOT] (c, S) of some -> unit text features (c, N, D).  Eq. 1"""
+        sos, N = self.clip.token_embedding(tokens.new_tensor(SOS)), len(prompts)
+        prefix = torch.cat([sos.expand(N, 1, -1), prompts], dim=1)                 # (N, 1+M, W)
+        names = self.clip.token_embedding(tokens[:, None, 1:]).expand(-1, N, -1, -1)               # (c, N, S-1, W)
+        return unit(self.clip.encode_behind(prefix, names, eot - 1))
+
+    def encode_own(self, prompts, tokens, eot, deep=()):
         """Prompts (c, N, M, W) and [SOS] name [EOT] (c, S) of some classes -> unit text features (c, N, D).  Eq. 1"""
         N, M = prompts.shape[1:3]
         names = self.clip.token_embedding(tokens)[:, None].expand(-1, N, -1, -1)   # (c, N, S, W)
@@ -424,9 +432,7 @@ class SOTGLP(Method):
 
     def encode_prompts(self):
         """Global and local prompts with the names of all classes -> unit vectors (C, G, D), (C, L, D).  Eq. 1"""
-        # why together: one pass of the text tower instead of two
-        prompts = [p.expand(len(self.class_names), -1, -1, -1) for p in (self.global_prompts, self.local_prompts)]
-        return self.encode(torch.cat(prompts, dim=1)).split([p.shape[1] for p in prompts], dim=1)
+        return self.encode(self.global_prompts), self.encode(self.local_prompts)
 
     def draw(self, n_images, generator=None):
         """Which global prompts each image keeps in a training step: (n_images, k).  Sec. 3.3"""

@@ -243,6 +243,28 @@ class CLIP(nn.Module):
         x = self.transformer(x, eot, causal=True, prompts=() if prompts is None else prompts)
         return self.ln_final(x) @ self.text_projection
 
+    def encode_behind(self, prefix, texts, eot):
+        """Text features of texts that begin alike: prefix (N, Q, W) before texts (n, N, S, W) -> (n, N, D).
+
+        The same as `encode_embeddings` of prefix and text in one; eot (n,): places of [EOT], counted in the texts.
+        why: the mask is causal, so a prefix does not depend on what follows. Its keys and values serve all n texts.
+        """
+        n, N, S, _ = texts.shape
+        Q, rows = prefix.shape[1], torch.arange(n * N, device=texts.device)
+        p = prefix + self.positional_embedding[:Q]
+        x = (texts + self.positional_embedding[Q : Q + S]).flatten(0, 1)           # (nN, S, W)
+        eot = eot.repeat_interleave(N)
+        seen = torch.ones(S, Q + S, dtype=torch.bool, device=x.device).tril(Q)     # what each token attends to
+        for block in self.transformer.resblocks:
+            q_p, *before = block.attn.project(block.ln_1(p))                       # (N, H, Q, W/H) each
+            q, *behind = block.attn.project(block.ln_1(x))                         # (nN, H, S, W/H) each
+            if block is self.transformer.resblocks[-1]:                            # of which [EOT] alone is read
+                x, q, seen = x[rows, eot][:, None], q[rows, :, eot][:, :, None], seen[eot][:, None, None]
+            k, v = (torch.cat([a.repeat(n, 1, 1, 1), b], dim=2) for a, b in zip(before, behind))
+            x = block.add_mlp(x + block.attn.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=seen)))
+            p = block.add_mlp(p + block.attn.merge(F.scaled_dot_product_attention(q_p, *before, is_causal=True)))
+        return (self.ln_final(x[:, 0]) @ self.text_projection).unflatten(0, (n, N))
+
     def encode_text(self, tokens):
         """Token ids (n, S) from `clip.tokenize` -> text features (n, D), not normalised, as OpenAI's."""
         eot = tokens.argmax(dim=-1)                  # [EOT] has the largest id

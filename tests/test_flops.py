@@ -53,19 +53,32 @@ def test_what_reads_an_image_feature_or_a_text_computes_nothing_else(clip_model)
 def test_text_tower_sees_no_token_behind_the_longest_name_of_a_chunk(clip_model):
     # names of 1, 1, 2 and 3 tokens; with [SOS], 4 prompt tokens and [EOT] that is 7, 7, 8 and 9.
     # A chunk ends where the next name is longer, if it has an eighth of what it may have: at most 16, at least 2
-    names, prompts = ["cat", "annual crop land", "dog", "sea lake"], 8
+    names, prompts = ["cat", "annual crop land", "dog", "sea lake"], 4
     for chunk, longest in {200: (9, 9, 9, 9), 16: (7, 7, 9, 9), 2: (7, 7, 8, 9), 1: (7, 7, 8, 9)}.items():
         model = SOTGLP(clip_model, names, text_chunk=chunk)
         expected = prompts * (sum(longest) * ((LAYERS - 1) * BLOCK + KEYS) + len(names) * (READ + W * D))
-        assert multiplications(lambda: model.encode_prompts()) == expected
+        assert multiplications(lambda: model.encode(model.local_prompts)) == expected
+
+
+def test_shared_prompts_go_through_the_text_tower_once_for_all_classes(clip_model):
+    # [SOS] and 4 prompt tokens of 4 prompts; behind them, for each of 2 classes and 4 prompts, a name of one token and
+    # [EOT]. In the last block [EOT] alone is more than query, key and value.
+    model = SOTGLP(clip_model, ["cat", "dog"])
+    prefix, behind = 4 * 5 * LAYERS * BLOCK, 2 * 4 * 2 * ((LAYERS - 1) * BLOCK + 3 * W * W)
+    read = 2 * 4 * (READ - W * W + W * D)
+    assert multiplications(lambda: model.encode(model.global_prompts)) == prefix + behind + read
 
 
 def test_frozen_weights_get_no_gradient_work(clip_model):
-    # backward asks for the gradient of every product's input and for none of its weights: as much again, not twice
+    # backward asks for the gradient of every product's input and for none of its weights: as much again, not twice.
+    # Of shared prompts it asks less: class names do not learn, so neither do the first keys and values that they give
     model = SOTGLP(clip_model, ["cat", "dog"])
-    forward = multiplications(lambda: model.encode_prompts())
-    both = multiplications(lambda: sum(text.sum() for text in model.encode_prompts()).backward())
+    forward, both = (multiplications(lambda: model.encode(model.local_prompts)),
+                     multiplications(lambda: model.encode(model.local_prompts).sum().backward()))
     assert both == 2 * forward
+    forward, both = (multiplications(lambda: model.encode(model.global_prompts)),
+                     multiplications(lambda: model.encode(model.global_prompts).sum().backward()))
+    assert forward < both < 2 * forward
 
 
 def test_local_projection_is_folded_into_the_joint_one(clip_model):

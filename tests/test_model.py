@@ -158,6 +158,23 @@ def test_gradients_of_what_is_read_are_those_through_all_rows_of_the_last_block(
     assert_near(gradient(lambda texts: any_clip.encode_embeddings(texts, eot), texts), gradient(all_rows, texts))
 
 
+def test_texts_behind_a_shared_prefix_are_those_that_begin_with_it(any_clip):
+    # 2 prefixes of 3 tokens before 3 texts of 4; [EOT] at 2, 3 and 0 of these, so at 5, 6 and 3 of the whole
+    width, eot = any_clip.double().ln_final.weight.shape[0], torch.tensor([2, 3, 0])
+    both = torch.randn(6 + 24, width).double()           # 2 x 3 tokens of prefixes, 3 x 2 x 4 of texts
+
+    def apart(both):
+        return any_clip.encode_behind(both[:6].view(2, 3, width), both[6:].view(3, 2, 4, width), eot)
+
+    def together(both):
+        prefix = both[:6].view(1, 2, 3, width).expand(3, -1, -1, -1)
+        texts = torch.cat([prefix, both[6:].view(3, 2, 4, width)], dim=2).flatten(0, 1)            # (6, 7, W)
+        return any_clip.encode_embeddings(texts, (eot + 3).repeat_interleave(2)).unflatten(0, (3, 2))
+
+    torch.testing.assert_close(apart(both), together(both))                        # float64: to 1e-7
+    torch.testing.assert_close(gradient(apart, both), gradient(together, both))
+
+
 def test_last_block_of_both_streams_gives_what_is_read_of_all_rows(any_clip):
     last, tokens = any_clip.visual.transformer.resblocks[-1], torch.randn(2, 10, any_clip.visual.proj.shape[0])
 

@@ -91,13 +91,12 @@ def test_text_is_sos_prompt_name_eot(model, monkeypatch):
         return embeddings.sum(1)
     monkeypatch.setattr(model.clip, "encode_embeddings", spy)
     model.encode_prompts()
-    texts, table = seen["embeddings"].unflatten(0, (3, 8)), model.clip.token_embedding.weight
-    assert texts.shape == (3, 8, 9, 128)
-    assert seen["eot"].view(3, 8).tolist() == [[6] * 8, [6] * 8, [8] * 8]
+    texts, table = seen["embeddings"].unflatten(0, (3, 4)), model.clip.token_embedding.weight
+    assert texts.shape == (3, 4, 9, 128)
+    assert seen["eot"].view(3, 4).tolist() == [[6] * 4, [6] * 4, [8] * 4]
     sos, annual, crop, land, eot = clip.tokenize("annual crop land")[0, :5].tolist()
-    for prompt in range(8):
-        learned = model.global_prompts[prompt] if prompt < 4 else model.local_prompts[2, prompt - 4]
-        expected = torch.cat([table[[sos]], learned, table[[annual, crop, land, eot]]])
+    for prompt in range(4):                              # local ones; the global ones go through encode_behind
+        expected = torch.cat([table[[sos]], model.local_prompts[2, prompt], table[[annual, crop, land, eot]]])
         assert torch.equal(texts[2, prompt], expected)
 
 
@@ -167,18 +166,23 @@ def test_shared_local_prompts_serve_every_class(clip_model):
 
 def count_texts(clip_model, monkeypatch):
     """A list that gets the number of texts of every pass through the text tower from now on."""
-    passes, encode = [], clip_model.encode_embeddings
+    passes, own, behind = [], clip_model.encode_embeddings, clip_model.encode_behind
 
     def counted(embeddings, eot):
         passes.append(len(embeddings))
-        return encode(embeddings, eot)
+        return own(embeddings, eot)
+
+    def counted_behind(prefix, texts, eot):
+        passes.append(len(texts) * len(prefix))
+        return behind(prefix, texts, eot)
     monkeypatch.setattr(clip_model, "encode_embeddings", counted)
+    monkeypatch.setattr(clip_model, "encode_behind", counted_behind)
     return passes
 
 
-@pytest.mark.parametrize("chunk, passes", [(1, [8] * 5), (2, [16, 16, 8]), (4, [32, 8]), (200, [40])])
+@pytest.mark.parametrize("chunk, passes", [(1, [4] * 10), (2, [8, 8, 4] * 2), (4, [16, 4] * 2), (200, [20] * 2)])
 def test_text_chunk_is_how_many_classes_go_through_the_text_tower_at_once(chunk, passes, clip_model, monkeypatch):
-    # 8 prompts per class, 5 classes
+    # 5 classes with 4 global prompts each, then with 4 local ones
     seen = count_texts(clip_model, monkeypatch)
     SOTGLP(clip_model, ["cat", "dog", "sea", "red", "man"], text_chunk=chunk).encode_prompts()
     assert seen == passes
@@ -186,13 +190,13 @@ def test_text_chunk_is_how_many_classes_go_through_the_text_tower_at_once(chunk,
 
 def test_checkpointed_text_is_computed_again_in_the_backward_pass(clip_model, monkeypatch):
     passes, gradients = count_texts(clip_model, monkeypatch), []
-    for checkpoint_text, backward in ((False, []), (True, [16, 8])):
+    for checkpoint_text, backward in ((False, []), (True, [8, 4, 8, 4])):
         torch.manual_seed(0)
         model = SOTGLP(clip_model, NAMES, text_chunk=2, checkpoint_text=checkpoint_text)
         global_text, local_text = model.encode_prompts()
-        assert passes == [16, 8]                                                   # 8 prompts, 2 + 1 classes
+        assert passes == [8, 4, 8, 4]                                              # twice 4 prompts, 2 + 1 classes
         (global_text[..., 0].sum() + local_text[..., 1].sum()).backward()
-        assert sorted(passes[2:]) == sorted(backward)
+        assert sorted(passes[4:]) == sorted(backward)
         gradients.append((model.global_prompts.grad, model.local_prompts.grad))
         passes.clear()
     for plain, again in zip(*gradients):
