@@ -167,18 +167,19 @@ def other_pictures(run, config, data_root=None, on=None):
 
 
 def evaluate_run(run, checkpoint, device, data_root=None, workers=0, split="test", csv_file=None, on=None,
-                 classes=None):
-    """Scores a run on its own test or validation split in its own precision -> the fields that evaluation.json gets.
+                 classes=None, amp=None):
+    """Scores a run on its own test or validation split -> the fields that evaluation.json gets.
 
-    csv_file: where `csv_row` of each image is written. on: another dataset, classes: "new", in place of its own.
+    csv_file: where `csv_row` of each image is written. on: another dataset, classes: "new", in place of its own. amp:
+    the precision; the run's own where None.
     """
     start = time.time()
     config = checkpoint["config"]
     items, class_names = (other_pictures(run, config, data_root, on) if on or classes else
                           unseen_pictures(run, checkpoint, data_root, split))
     model = runs.build(run, checkpoint, device, class_names)
-    amp = runs.usable_amp(config["amp"], device)
-    if amp != config["amp"]:
+    amp, asked = amp or runs.usable_amp(config["amp"], device), amp
+    if amp != config["amp"] and not asked:
         print(f"note: {run} was trained in {config['amp']}, which needs a GPU; it is tested in float32", flush=True)
     if amp in runs.HALF:
         model.clip.store_matrices(runs.HALF[amp])
@@ -338,7 +339,7 @@ def report_runs(args):
     results = []
     for run, checkpoint in zip(args.runs, read_alike(args.runs)):
         results.append(evaluate_run(run, checkpoint, args.device, args.data_root, args.workers, args.split, args.csv,
-                                    args.on, args.classes))
+                                    args.on, args.classes, args.amp))
         print(f"{run}: {accuracies_line(results[-1])}, {results[-1]['precision']}, expected calibration error "
               f"{results[-1]['calibration_error']:.2f} %", flush=True)
     if len(results) > 1:
@@ -379,13 +380,16 @@ def zero_shot(args):
     template, root = data.template(args.dataset, args.template), data.find_root(args.dataset, args.data_root)
     *_, items, class_names = data.load(args.dataset, root, shots=0, seed=1)
     model, preprocess = clip.load(name, args.device, args.activation or "quickgelu")
-    text = zero_shot_text(model, class_names, template)
-    right = 0
+    amp, right = args.amp or runs.default_amp(args.device), 0
+    if amp in runs.HALF:
+        model.store_matrices(runs.HALF[amp])
     pictures = data.Pictures(items, preprocess, own=args.dataset == "folder")
     loader = data.test_loader(pictures, EVAL_BATCH, args.workers, args.device)
-    with torch.no_grad():
+    with torch.no_grad(), runs.autocast(amp, args.device):
+        text = zero_shot_text(model, class_names, template)
         for images, labels in runs.progress(loader, "test"):
-            right += int(((unit(model.encode_image(images.to(args.device))) @ text.T).argmax(1).cpu() == labels).sum())
+            scores = global_logits(unit(model.encode_image(images.to(args.device))), text[:, None], 1.0)      # (B, C)
+            right += int((scores.argmax(1).cpu() == labels).sum())
     published = data.DATASETS[args.dataset].zero_shot
     beside = f"; published for ViT-B/16: {published} %" if published else ""
     print(f"zero-shot {name} on {args.dataset}: {100 * right / len(items):.2f} % of {len(items)} test images{beside}")
@@ -411,16 +415,18 @@ def parse_args(argv=None):
     add("--data-root", help="folder of the datasets; for `folder` that of your pictures (the run's own, else "
         "$DATA_ROOT, else ./data)")
     add("--device", default=runs.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
-    add("--workers", type=int, default=0, help="processes that read pictures (%(default)s)")
+    add("--workers", type=int, help="processes that read pictures (up to 8 on CUDA, 0 on CPU)")
+    add("--amp", choices=("off", *runs.HALF),
+        help="mixed precision (a run's own; for --zero-shot fp16 on CUDA, off on CPU)")
     args = parser.parse_args(argv)
     if not (args.runs or args.zero_shot or args.table):
         parser.error("name at least one RUN, or --zero-shot --dataset NAME, or --table FOLDER")
-    mode, used = (("--zero-shot", "dataset model activation template data_root") if args.zero_shot else
+    mode, used = (("--zero-shot", "dataset model activation template data_root amp") if args.zero_shot else
                   ("--table", "table") if args.table else
                   ("--images", "runs images csv") if args.images else
-                  ("--base-to-new", "runs base_to_new data_root") if args.base_to_new else
-                  ("--classes", "runs classes csv data_root") if args.classes else
-                  ("--on", "runs on csv data_root") if args.on else ("a RUN", "runs csv split data_root"))
+                  ("--base-to-new", "runs base_to_new data_root amp") if args.base_to_new else
+                  ("--classes", "runs classes csv data_root amp") if args.classes else
+                  ("--on", "runs on csv data_root amp") if args.on else ("a RUN", "runs csv split data_root amp"))
     unused = [name for name, value in vars(args).items()
               if value and name not in (*used.split(), "zero_shot", "device", "workers")]
     if unused:
@@ -431,13 +437,14 @@ def parse_args(argv=None):
     if args.csv and os.path.isdir(args.csv):
         parser.error(f"--csv {args.csv} is a folder: name a file")
     args.split, args.dataset = args.split or "test", args.dataset or "critters"
+    args.workers = runs.default_workers(args.device) if args.workers is None else args.workers
     return args
 
 
 @runs.plain_errors()
 def main(args):
     """Zero-shot accuracy, the paper's tables, one's own pictures, or the accuracies of runs."""
-    runs.check_device(args.device)
+    runs.check_device(args.device, args.amp or "off")
     if args.csv:
         Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
     if args.zero_shot:

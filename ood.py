@@ -29,7 +29,7 @@ import runs
 from download import absolute
 from methods import released
 from predict import unseen_pictures
-from sotglp import project
+from sotglp import mean_cosines, project
 
 TEMPLATE = "a photo of a {}"     # as in MCM and GL-MCM, for every dataset; CoOp's templates end in a full stop
 
@@ -166,11 +166,13 @@ def confidences(clip_model, images, text, model=None, prompts=None, temperature=
     proj = clip_model.visual.proj
     cls, vv = clip_model.encode_patches(images, "vv")
     _, value = clip_model.encode_patches(images, "value")
-    cosines, options = project(cls, proj) @ text.T, (temperature, local_weight)    # (B, C)
+    cosines, value_cosines, vv_cosines = (mean_cosines(project(tokens, proj), text[:, None])       # (B, C), (B, P, C)
+                                          for tokens in (cls, value, vv))
+    options = temperature, local_weight
     decisive = cosines
     rows = {"zero_shot_mcm": mcm(cosines, temperature),
-            "zero_shot_gl_mcm": gl_mcm(cosines, project(value, proj) @ text.T, *options),
-            "zero_shot_gl_mcm_vv": gl_mcm(cosines, project(vv, proj) @ text.T, *options)}
+            "zero_shot_gl_mcm": gl_mcm(cosines, value_cosines, *options),
+            "zero_shot_gl_mcm_vv": gl_mcm(cosines, vv_cosines, *options)}
     if model:
         features = images if model.stream is None else \
             (cls, vv) if model.stream == "vv" else clip_model.encode_patches(images, model.stream)
@@ -286,8 +288,11 @@ def parse_args(argv=None):
         "GL-MCM's own ImageNet script (%(default)s)")
     add("--csv", metavar="FILE", help="path, set, GL-MCM score and predicted class of every picture: sort by score")
     add("--device", default=runs.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
-    add("--workers", type=int, default=0, help="processes that read pictures; several pay on a GPU (%(default)s)")
+    add("--workers", type=int, help="processes that read pictures (up to 8 on CUDA, 0 on CPU)")
+    add("--amp", choices=("off", *runs.HALF), help="mixed precision of the towers (fp16 on CUDA, off on CPU)")
     args = parser.parse_args(argv)
+    args.workers = runs.default_workers(args.device) if args.workers is None else args.workers
+    args.amp = args.amp or runs.default_amp(args.device)
     if bool(args.run) == args.zero_shot:
         parser.error("name either a RUN or --zero-shot --dataset NAME")
     if args.run and (args.dataset or args.model):
@@ -325,7 +330,7 @@ def find_pictures(args, checkpoint):
 def main(args):
     """Finds the pictures, scores each once, prints the table and writes it."""
     start = time.time()
-    runs.check_device(args.device)
+    runs.check_device(args.device, args.amp)
     checkpoint = runs.read_checkpoint(args.run) if args.run else {"config": {
         "dataset": args.dataset, "model": clip.full_name(args.model or runs.default_model(args.dataset)),
         "method": "zero-shot", "shots": 0}}
@@ -337,14 +342,18 @@ def main(args):
         Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
     model = runs.build(args.run, checkpoint, args.device) if args.run else None
     clip_model = model.clip if model else clip.load(config["model"], args.device)[0]
-    scores, predicted = score_sets(sets, class_names, clip_model, model, args, own=config["dataset"] == "folder")
+    if args.amp in runs.HALF:
+        clip_model.store_matrices(runs.HALF[args.amp])
+    with runs.autocast(args.amp, args.device):
+        scores, predicted = score_sets(sets, class_names, clip_model, model, args, own=config["dataset"] == "folder")
     table, paper = measure(scores), paper_rows(config, sets)
 
     show(table, paper)
     if args.run:
         runs.write_json(Path(args.run) / "ood.json", {
             **{name: config[name] for name in ("method", "dataset", "model")}, "temperature": args.temperature,
-            "local_weight": args.local_weight, "images": {name: len(items) for name, items in sets.items()},
+            "local_weight": args.local_weight, "precision": runs.precision(args.amp),
+            "images": {name: len(items) for name, items in sets.items()},
             "table": table, "paper_table_3": paper, "seconds": round(time.time() - start, 1)})
     if args.csv:
         row = [*table][-1] if model else "zero_shot_gl_mcm"

@@ -285,8 +285,20 @@ def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def check_device(name):
-    """Raises ValueError for a device that does not exist here."""
+def default_amp(device):
+    """Mixed precision where none is named: fp16 on a GPU."""
+    return "fp16" if device.startswith("cuda") else "off"
+
+
+def default_workers(device):
+    """How many processes read pictures for each that computes, where none are named: up to 8 on a GPU, else none."""
+    # why not all CPUs of the machine: a cluster allows a job some of them
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if device.startswith("cuda") else 0
+
+
+def check_device(name, amp="off"):
+    """Raises ValueError for a device that does not exist here, and for a precision that it lacks."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -298,6 +310,8 @@ def check_device(name):
     if device.type == "cuda" and gpus < needed:
         raise ValueError(f"--device {name} needs {needed} GPU(s), one for each process, torch sees {gpus}: give "
                          "--device cpu, or start fewer processes")
+    if usable_amp(amp, name) != amp:
+        raise ValueError("--amp fp16 needs a GPU (on CPU it is many times slower than float32): use bf16 or off")
 
 
 def usable_amp(amp, device):

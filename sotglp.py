@@ -240,10 +240,10 @@ class ClassTexts:
         return len(self.clip.token_embedding(tokens).flatten(1).unique(dim=0))
 
     def encode_shared(self, prompts, tokens, eot):
-        """Prompts (N, M, W) of all classes and [SOS] name [EOT] (c, S) of some -> unit text features (c, N, D).  Eq. 1"""
+        """Prompts (N, M, W) of all classes, [SOS] name [EOT] (c, S) of some -> unit text features (c, N, D).  Eq. 1"""
         sos, N = self.clip.token_embedding(tokens.new_tensor(SOS)), len(prompts)
         prefix = torch.cat([sos.expand(N, 1, -1), prompts], dim=1)                 # (N, 1+M, W)
-        names = self.clip.token_embedding(tokens[:, None, 1:]).expand(-1, N, -1, -1)               # (c, N, S-1, W)
+        names = self.clip.token_embedding(tokens[:, None, 1:]).expand(-1, N, -1, -1)   # (c, N, S-1, W)
         return unit(self.clip.encode_behind(prefix, names, eot - 1))
 
     def encode_own(self, prompts, tokens, eot, deep=()):

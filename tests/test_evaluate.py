@@ -156,6 +156,8 @@ def test_a_run_is_tested_in_the_precision_that_it_was_trained_in(options, tmp_pa
     assert (tmp_path / "evaluation.csv").read_text() == (tmp_path / "per_class.csv").read_text()
     line = capsys.readouterr().out.splitlines()[-1]
     assert "on 7 test images, bf16, " in line
+    command(tmp_path, "--device", "cpu", "--amp", "off")                 # what is asked for comes first
+    assert json.loads((tmp_path / "evaluation.json").read_text())["precision"] == "float32"
 
 
 def test_a_precision_that_the_device_lacks_becomes_float32_and_is_said(trained, tmp_path, capsys):

@@ -17,6 +17,7 @@ from PIL import Image
 import critters
 import data
 import ood
+import runs
 import train
 from conftest import random_clip, run
 from sotglp import SOTGLP, unit
@@ -207,6 +208,17 @@ def test_controls_take_clips_own_features(clip_model):
         _, patches = clip_model.encode_patches(images, stream)
         expected = ood.gl_mcm(cosines, unit(patches @ clip_model.visual.proj) @ text.T)
         torch.testing.assert_close(rows[row], expected, atol=1e-6, rtol=0)
+
+
+def test_the_towers_alone_run_in_mixed_precision(clip_model, monkeypatch):
+    # the same tokens give the same scores, to the last digit
+    images, text = torch.randn(2, 3, 32, 32), unit(torch.randn(5, 32))
+    tokens = clip_model.encode_patches(images)
+    monkeypatch.setattr(clip_model, "encode_patches", lambda *_: tokens)
+    plain, _ = ood.confidences(clip_model, images, text)
+    with runs.autocast("bf16", "cpu"):
+        half, _ = ood.confidences(clip_model, images, text)
+    assert all(torch.equal(half[row], plain[row]) for row in plain)
 
 
 def test_scores_of_a_picture_do_not_depend_on_its_batch(clip_model):
