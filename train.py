@@ -91,8 +91,7 @@ def parse_args(argv=None):
     if unknown:
         parser.error(f"{args.method} has no {' '.join(unknown)}: --method {args.method} --help lists what it has")
     args.model = clip.full_name(args.model or runs.default_model(args.dataset))
-    on_cuda = args.device.startswith("cuda")
-    args.amp = args.amp or ("fp16" if on_cuda else "off")
+    args.amp = args.amp or runs.default_amp(args.device)
     if not saved:
         with runs.plain_errors():
             args.data_root = data.find_root(args.dataset, args.data_root)
@@ -101,8 +100,7 @@ def parse_args(argv=None):
         args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
     args.output_dir = str(args.output_dir or runs.folder_name(args.method, args.dataset, args.shots, args.seed,
                                                               args.classes))
-    if args.workers is None:
-        args.workers = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if on_cuda else 0
+    args.workers = runs.default_workers(args.device) if args.workers is None else args.workers
     return args
 
 
@@ -182,7 +180,7 @@ def make_parser(method):
 
 def check_args(args, world):
     """Raises ValueError for options that cannot work, alone or together, before any long work starts."""
-    runs.check_device(args.device)
+    runs.check_device(args.device, args.amp)
     for name in ("lr", "weight_decay", "epsilon", "lambda_local", "lambda_entropy", "lambda_transport", "warmup_epochs",
                  "prompt_dropout", "workers", "shots"):
         if not 0 <= getattr(args, name, 0) < math.inf:
@@ -194,8 +192,6 @@ def check_args(args, world):
     if args.batch_size < world:
         raise ValueError(f"--batch-size {args.batch_size} leaves some of the {world} processes without images: "
                          f"it is the global batch, give at least {world}")
-    if args.amp == "fp16" and not args.device.startswith("cuda"):
-        raise ValueError("--amp fp16 needs a GPU (on CPU it is many times slower than float32): use bf16 or off")
     for name in ("epochs", "n_global", "n_local", "n_support", "n_context", "n_iters", "depth", "text_chunk"):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
@@ -243,9 +239,9 @@ def start_processes(args):
     """Joins the processes that torchrun started -> rank, world size, device; alone without torchrun."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(args.device)
-    if device.type == "cuda" and world > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if world > 1 else device
+        torch.cuda.set_device(device)                    # why: what names no GPU, result.json among it, means this one
     if world > 1:
         runs.end_with_parent()
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=60))
@@ -270,8 +266,9 @@ def set_up(args, rank, world, device):
     if args.cache_features and not model.stream:
         raise ValueError(f"--cache-features: {args.method} learns prompts of the image tower, so that the features of "
                          "an image change with every step; leave the option out")
+    # why fused on a GPU: it skips a step of overflown gradients by itself; else the host would wait to know of them
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=args.lr, momentum=0.9,
-                                weight_decay=args.weight_decay)
+                                weight_decay=args.weight_decay, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     fingerprint = {"config": config, "class_names": class_names, "clip_sha256": clip.weights_hash(clip_model),
                    "data": {part: runs.digest(items, args.data_root)
@@ -305,6 +302,7 @@ def resume(run):
     runs.restore(run.folder, checkpoint, run.model, run.fingerprint["clip_sha256"])
     try:
         run.optimizer.load_state_dict(checkpoint["optimizer"])
+        run.optimizer.param_groups[0]["fused"] = run.device.type == "cuda"    # why: the device may be another one
         if checkpoint["scaler"]:                         # empty where the run had no need of one, say on CPU
             run.scaler.load_state_dict(checkpoint["scaler"])
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
@@ -355,16 +353,19 @@ class CachedFeatures:
 
     @torch.no_grad()
     def __init__(self, run, batches):
-        self.batches, features, labels = batches, [], []
         pictures = data.Pictures(run.train_set, run.preprocess, own=run.args.dataset == "folder")
+        tower = run.model.clip.visual
         loader = data.test_loader(pictures, evaluate.EVAL_BATCH, run.args.workers, run.device)
-        for images, batch_labels in runs.progress(loader, "features", run.rank):
-            with runs.autocast(run.args.amp, run.device):
-                features.append(run.model.clip.encode_patches(images.to(run.device), run.model.stream))
-            labels.append(batch_labels)
+        n, P, W = len(pictures), len(tower.positional_embedding) - 1, len(tower.proj)
+        # why reserved: autocast returns float32, which must not pile up, and joining batches would take it all twice
         dtype = runs.HALF.get(run.args.amp, torch.float32)
-        self.cls, self.patches = (torch.cat(part).to(dtype) for part in zip(*features))   # (N, W), (N, P, W)
-        self.labels = torch.cat(labels).to(run.device)
+        self.cls, self.patches = (torch.empty(shape, dtype=dtype, device=run.device) for shape in ((n, W), (n, P, W)))
+        self.batches, self.labels, done = batches, torch.empty(n, dtype=torch.int64, device=run.device), 0
+        for images, labels in runs.progress(loader, "features", run.rank):
+            with runs.autocast(run.args.amp, run.device):
+                cls, patches = run.model.clip.encode_patches(images.to(run.device), run.model.stream)
+            here = slice(done, done := done + len(images))
+            self.cls[here], self.patches[here], self.labels[here] = cls, patches, labels
         if run.rank == 0:
             print(f"cached features: {self.patches.nbytes / 2**20:.0f} MiB for {len(pictures)} images; the paper's "
                   "random crops and flips are dropped", flush=True)
@@ -497,9 +498,9 @@ def plain_memory_error(model):
         yield
     except torch.OutOfMemoryError as error:
         raise MemoryError("out of GPU memory: the text tower encodes every prompt of "
-                          f"{len(model.class_names)} classes in each step. --checkpoint-text with a smaller "
-                          "--text-chunk helps, or more GPUs; a smaller batch does not, unless the image tower has "
-                          "learned prompts too") from error
+                          f"{len(model.class_names)} classes in each step. --checkpoint-text --text-chunk 50 "
+                          "helps, or more GPUs; a smaller batch does not, unless the image tower has learned prompts "
+                          "too") from error
 
 
 def report_finished(run):

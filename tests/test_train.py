@@ -13,10 +13,12 @@ import torch
 
 import clip
 import data
+import evaluate
+import ood
 import runs
 import sotglp
 import train as script
-from conftest import EPOCHS, random_clip, read, train
+from conftest import EPOCHS, copy, random_clip, read, train
 
 RECIPE = {"shots": 16, "seed": 1, "split_seed": 1, "sampler": "exact", "epochs": 50, "warmup_epochs": 5,
           "batch_size": 32, "lr": 0.05, "weight_decay": 0.01, "n_global": 4, "n_local": 4, "n_support": 10,
@@ -54,11 +56,30 @@ def test_what_is_not_given_follows_from_the_rest(arguments, field, value, monkey
 @pytest.mark.parametrize("cpus, processes, workers", [(64, "1", 8), (12, "4", 3), (2, "4", 0), (9, None, 8)])
 def test_workers_share_the_processors(cpus, processes, workers, monkeypatch):
     # up to 8, and no more than processors / processes
-    monkeypatch.setattr(script.os, "cpu_count", lambda: cpus)
+    monkeypatch.setattr(runs.os, "sched_getaffinity", lambda _: range(cpus), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if processes:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     assert script.parse_args(["--device", "cuda"]).workers == workers
+
+
+@pytest.mark.parametrize("module", [script, evaluate, ood])
+def test_scripts_share_the_rules_for_workers_and_precision(module, monkeypatch):
+    monkeypatch.setattr(runs.os, "sched_getaffinity", lambda _: range(6), raising=False)
+    run = [] if module is script else ["RUN"]
+    for device, workers in (("cpu", 0), ("cuda", 6), ("cuda:1", 6)):
+        assert module.parse_args([*run, "--device", device]).workers == workers
+    assert module.parse_args([*run, "--device", "cuda", "--workers", "1", "--amp", "bf16"]).workers == 1
+    assert module.parse_args([*run, "--device", "cuda"]).amp == (None if module is evaluate else "fp16")  # None: a run's
+    with pytest.raises(SystemExit, match="--amp fp16 needs a GPU"):
+        module.main(module.parse_args([*run, "--device", "cpu", "--amp", "fp16"]))
+
+
+def test_the_gpu_that_is_named_is_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    args = script.parse_args(["--device", "cuda:1"])
+    assert script.start_processes(args) == (0, 1, torch.device("cuda:1")) and chosen == [torch.device("cuda:1")]
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
@@ -228,6 +249,16 @@ def random_clip_of_the_file():
     return clip.build_model({name: tensor.half() for name, tensor in random_clip().state_dict().items()})
 
 
+def test_cached_features_are_kept_in_the_precision_of_the_towers(options, tmp_path, monkeypatch):
+    kept, original = [], script.CachedFeatures.__iter__
+    monkeypatch.setattr(script.CachedFeatures, "__iter__", lambda self: kept.append(self) or original(self))
+    train(*options, "--cache-features", "--amp", "bf16", "--epochs", 1, "--output-dir", tmp_path / "run")
+    features, = kept
+    assert features.cls.dtype == features.patches.dtype == torch.bfloat16
+    assert (features.cls.shape, features.patches.shape) == ((9, 128), (9, 16, 128))
+    assert features.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3 and features.patches.isfinite().all()
+
+
 def test_augmentation_is_on_without_cached_features(options, tmp_path):
     plain = losses(tmp_path / "a", *options, "--epochs", 1, "--prompt-dropout", 0)
     cached = losses(tmp_path / "b", *options, "--epochs", 1, "--prompt-dropout", 0, "--cache-features")
@@ -361,6 +392,16 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(trained, options, tmp_path, mo
         {k: v for k, v in whole.items() if k.endswith("accuracy")}
     for name, tensor in last_whole["learned"].items():
         assert torch.equal(last["learned"][name], tensor)
+
+
+def test_a_run_of_a_gpu_goes_on_without_one(trained, options, tmp_path):
+    # on a GPU the optimizer is the fused one, and its checkpoint says so
+    optimizer = read(trained)[2]["optimizer"]
+    optimizer["param_groups"][0]["fused"] = True
+    copy(trained, tmp_path, optimizer=optimizer)
+    args = script.parse_args([*map(str, options), "--output-dir", str(tmp_path), "--resume"])
+    group, = script.set_up(args, 0, 1, torch.device("cpu")).optimizer.param_groups
+    assert group["fused"] is False
 
 
 @pytest.mark.parametrize("option, complaint", [
