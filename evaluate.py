@@ -354,7 +354,8 @@ def base_to_new(args):
     """
     rows = {"accuracy": [], "zero_shot_accuracy": []}    # (base, new) of each run
     for run, checkpoint in zip(args.runs, read_alike(args.runs)):
-        new, base = (evaluate_run(run, checkpoint, args.device, args.data_root, args.workers, classes=classes)
+        new, base = (evaluate_run(run, checkpoint, args.device, args.data_root, args.workers, classes=classes,
+                                  amp=args.amp)
                      for classes in ("new", None))
         for field, pairs in rows.items():
             pairs.append((base[field], new[field]))
