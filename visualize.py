@@ -119,7 +119,7 @@ def best_patches(similarity, n_support):
 # ---- Figure 2 -------------------------------------------------------------------------------------------------
 
 def figure_2(model, texts, image, name, truth=None, label=None):
-    """All panels of one picture (3, R, R). truth: its label, where known; label: whose prompts are shown."""
+    """All panels of one picture (3, R, R). truth: its label, where known; label: whose prompts are shown.  Figure 2"""
     seen, picture = look(model, image[None], texts, label), picture_of(image)
     top, maps = [titled(enlarged(picture, WIDE), "the picture", "as the model saw it")], []
     if seen.similarity is not None:

@@ -142,13 +142,28 @@ def cost(C):
     return {"image": (3 * p**2 * P * W + (l - 1) * image + last_image + W * D, 0),
             "vv": ((l - 1) * vv + P * W**2 + 2 * P * (1 + P) * W, 0),
             "projection": (P * W * D, P * W * D), "fold": (W**2 * D, W**2 * D),
-            "text": tuple(C * (G + L) * ((l - 1) * block + last + W_text * D) for block, last in zip(text, last_text)),
+            "local text": tuple(C * L * ((l - 1) * block + last + W_text * D) for block, last in zip(text, last_text)),
+            "global text": global_text(C),
             "matching": (C * G * D + C * P * L * D, C * G * D + 2 * C * P * L * D)}
+
+
+def global_text(C):
+    """Shared prompts: [SOS] and prompt once, Q tokens; behind them name and [EOT] of each class, R = S - Q tokens.
+
+    The names do not learn: backward leaves out their queries, keys and values in the first block. Of the prompts in the
+    last block keys and values alone are used.
+    """
+    w, Q = W_text, 5
+    R, prefix, behind = S - Q, 12 * Q * w**2 + 2 * Q**2 * w, 12 * (S - Q) * w**2
+    last = (3 * R + 9) * w**2 + w * D
+    return (G * l * prefix + C * G * ((l - 1) * (behind + 2 * R * S * w) + last + 2 * S * w),
+            G * ((l - 1) * (prefix + 2 * Q**2 * w) + 3 * Q * w**2)
+            + C * G * ((l - 1) * behind - 3 * R * w**2 + ((l - 2) * 4 + 3) * R * S * w + last + 4 * S * w))
 
 
 def step(C, B):
     """Multiplications of a training step of B images: forward, backward."""
-    return [sum(n[i] * (1 if part in ("text", "fold") else B) for part, n in cost(C).items()) for i in (0, 1)]
+    return [sum(n[i] * (1 if part in ("local text", "global text", "fold") else B) for part, n in cost(C).items()) for i in (0, 1)]
 
 
 def test_costs_are_what_torch_counts_on_the_real_sizes(monkeypatch):
@@ -174,7 +189,7 @@ def test_costs_are_what_torch_counts_on_the_real_sizes(monkeypatch):
 def test_the_table_of_costs_is_that_of_the_formulas():
     rows = {"image tower, per image": "image", "V-V stream, per image": "vv",
             "local projection, per image": "projection", "matching, per image": "matching",
-            "text prompts, per step, forward": "text"}
+            "local prompts, per step, forward": "local text", "global prompts, per step, forward": "global text"}
     table = PAPER[PAPER.index("| | C = 10 | C = 1000 |"):]
     found = dict(re.findall(r"^\| (.+?) \| (.+) \|$", table, re.MULTILINE))
     for row, part in rows.items():
