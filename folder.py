@@ -133,7 +133,7 @@ def own_lists(root, seed, held_out=None):
 
 
 def hold_out(items, seed, share):
-    """Draws a share of each class for the test, at least one picture, never all -> train, val (empty), test."""
+    """Draws a share, in (0, 1), of each class for the test, at least one picture -> train, val (empty), test."""
     rng, test = random.Random(seed), set()
     for label in range(items[-1][1] + 1):
         group = [item for item in items if item[1] == label]
@@ -141,7 +141,7 @@ def hold_out(items, seed, share):
             raise ValueError(f"class {group[0][2]!r} has 1 picture, {group[0][0]}: two are needed, as one is held out "
                              "for the test")
         count = int(len(group) * share + 1e-9)           # why 1e-9: 0.29 * 100 is a little less than 29
-        test |= {*rng.sample(group, min(max(count, 1), len(group) - 1))}
+        test |= {*rng.sample(group, max(count, 1))}
     return [item for item in items if item not in test], [], [item for item in items if item in test]
 
 

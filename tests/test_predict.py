@@ -178,6 +178,14 @@ def test_every_part_of_a_run_reads_pictures_as_people_see_them(options, pictures
     assert capsys.readouterr().out.count(f"a remark on {pictures}\n") == 2                      # once for each training
 
 
+def test_a_run_is_read_with_the_activation_that_it_was_trained_with(options, trained, tmp_path):
+    train(*options, "--activation", "gelu", "--epochs", 1, "--output-dir", tmp_path)
+    for run, kind in ((tmp_path, "GELU"), (trained, "QuickGELU")):
+        clip_model = evaluate.load_run(run).clip
+        assert {type(tower.resblocks[0].mlp.gelu).__name__ for tower in (
+            clip_model.transformer, clip_model.visual.transformer)} == {kind}
+
+
 def test_what_cannot_be_read_is_named_before_training(options, pictures, tmp_path):
     shutil.copytree(pictures, tmp_path / "all")
     for name in ("sea/0.png", "wood/1.png"):
