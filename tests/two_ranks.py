@@ -6,6 +6,7 @@ Rank r leaves FOLDER/r.pt. ADDRESS and MISSING are files on a server: one that i
 """
 
 import os
+import socket
 import sys
 
 import torch.distributed as dist
@@ -96,6 +97,13 @@ def fetched(address):
         return f"failed: {error}"
 
 
+def free_port():
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
 def main(folder, address, missing, *options):
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
@@ -104,10 +112,14 @@ def main(folder, address, missing, *options):
     seen |= {"transport": transport_of_three(rank, world)}
     seen |= {"there": fetched(address), "missing": fetched(missing), "threads": torch.get_num_threads()}
     torch.save(seen, f"{folder}/{rank}.pt")
+    port = [free_port()]
+    dist.broadcast_object_list(port)
     dist.destroy_process_group()
 
     import train
     train.main(train.parse_args([*options, "--output-dir", f"{folder}/run"]))
+    # why another store: in torchrun's a rank would find where the other one listened in the run before
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port[0])}
     train.main(train.parse_args([*options, *CACHED, "--output-dir", f"{folder}/cached"]))
 
 
