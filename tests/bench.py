@@ -2,29 +2,30 @@
 
     python tests/bench.py                        the table, about ten minutes on one core
     python tests/bench.py --quick                C = 10 alone
+    python tests/bench.py --device cuda          on a GPU, each precision
     python tests/bench.py --against ../other     the same on another checkout of this project, and the ratio
 
-ViT-B/16 sizes with random weights, one process, one thread, float32; medians of repeats that take turns.
+ViT-B/16 sizes with random weights, one process; medians of repeats that take turns. On a CPU one thread, float32.
 The plain form below computes the same numbers without any of the tricks: 77 tokens, every row through every block,
 global and local prompts one after the other, each image stream by a pass of its own.
 
 What makes the code fast, each trick exact and tested against the plain form: texts are cut after the longest [EOT] of a
-chunk (the mask is causal); all prompts go through the text tower together; the V-V stream takes V from the ordinary one;
-the frozen towers build no graph for weights; the local projection is multiplied with CLIP's before the patches are;
-transport has a fixed number of iterations and keeps its problems in the contiguous dimension; with several processes
-each encodes its share of the classes.
+chunk (the mask is causal), and chunks where names get longer; prompts that all classes share go through the text tower
+once; the last blocks compute what is read; the V-V stream takes V from the ordinary one; the frozen towers build no
+graph for weights; the local projection is multiplied with CLIP's before the patches are; transport has a fixed number
+of iterations and keeps its problems in the contiguous dimension; with several processes each encodes its share of the
+classes. The rows "trick:" race each of them alone, and give the largest deviation from the plain form.
 
-Predicted by formula, not measured: a step on ImageNet, 1,000 classes, 16 shots, batch 32, ViT-B/16, fp16. With 4 + 4
-prompts there are 8,000 texts. Sorted by length, in chunks of 200 classes, they are 80,000 tokens (616,000 at 77 each); of
-four cards the slowest has 21,600. The text tower costs 75.5 MFLOP per token forward and as much backward, and keeps 146
-KiB per token. --checkpoint-text keeps one chunk at most, 28,800 tokens (14,400 on each of four cards), and computes it
-twice. An image costs 39.3 GFLOP.
+Predicted by formula, not measured: a step on ImageNet, 1,000 classes, 16 shots, batch 32, ViT-B/16, fp16, with 4 + 4
+prompts. Sorted by length and cut where names get longer, the local prompts are 4,000 texts of 32,944 tokens (308,000
+at 77 each); behind [SOS] and the global prompts 12,944 more follow. Of four cards the slowest has 8,832 and 3,832. The
+text tower keeps about 146 KiB per token. --checkpoint-text keeps one chunk at most, of 6,400 tokens, computed twice.
                                     1 card          4 cards, each
-    text, forward and backward      12.1 TFLOP      3.3 TFLOP
-    images                          1.3 TFLOP       0.3 TFLOP
-    text activations                11.1 GiB        3.0 GiB
-    with --checkpoint-text          4.0 GiB         2.0 GiB
-    a step at 35 TFLOP/s            about 0.4 s     about 0.1 s     (half of an RTX 3090's dense peak)
+    text, forward and backward      6.6 TFLOP       1.8 TFLOP
+    images                          1.2 TFLOP       0.3 TFLOP
+    text activations                6.4 GiB         1.8 GiB
+    with --checkpoint-text          0.9 GiB         0.6 GiB
+    a step at 35 TFLOP/s            about 0.2 s     about 0.06 s    (half of an RTX 3090's dense peak)
 """
 
 import argparse
@@ -39,6 +40,7 @@ from pathlib import Path
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--quick", action="store_true", help="leave out everything with 100 classes")
+parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
 parser.add_argument("--repeats", type=int, default=3, help="of each timing; the median is reported (%(default)s)")
 parser.add_argument("--json", metavar="FILE", help="also write the table as JSON")
 parser.add_argument("--against", metavar="DIR", help="another checkout to compare with")
@@ -54,9 +56,12 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import clip                                   # noqa: E402
 import data                                   # noqa: E402
-from sotglp import SOTGLP, draw_prompts, local_logits, objective  # noqa: E402
+from sinkhorn import sinkhorn                 # noqa: E402
+from sotglp import ClassTexts, SOTGLP, draw_prompts, local_logits, objective, project  # noqa: E402
 
 torch.set_num_threads(1)
+DEVICE = torch.device(args.device)
+HALF = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = ["annual crop land", "forest", "herbaceous vegetation land", "highway or road", "industrial buildings",
          "pasture land", "permanent crop land", "residential buildings", "river", "sea or lake"]
 
@@ -69,7 +74,7 @@ def vit_b16():
         p.data = torch.ones_like(p) if "ln_" in name and name.endswith("weight") else \
             0.02 * torch.randn(p.shape, generator=generator)
     model.logit_scale.data.fill_(4.6)
-    return model
+    return model.to(DEVICE)
 
 
 # ---- the plain form ------------------------------------------------------------------------------------------
@@ -125,10 +130,34 @@ def take_turns(functions, repeats):
     seconds = {name: [] for name in functions}
     for round_ in range(repeats + 1):
         for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            seconds[name] += [time.perf_counter() - start] if round_ else []
+            taken = duration(function)
+            seconds[name] += [taken] if round_ else []
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def duration(function):
+    """Seconds that a function takes; on a GPU those between two of its events."""
+    if DEVICE.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def race(pairs, repeats):
+    """{trick: (plain, ours)}, functions that return tensors -> how many times faster, and the largest deviation."""
+    table = {}
+    for trick, (plain, ours) in pairs.items():
+        deviation = max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(plain(), ours(), strict=True))
+        times = take_turns({"plain": plain, "ours": ours}, repeats)
+        table |= {f"trick: {trick}, times faster": times["plain"] / times["ours"],
+                  f"trick: {trick}, deviation": deviation}
+    return table
 
 
 def peak_of_a_step(which):
@@ -156,7 +185,8 @@ def status(field):
 
 
 def batch(n, n_classes):
-    return torch.randn(n, 3, 224, 224), draw_prompts(n, 4, 0.75), torch.arange(n) % n_classes
+    parts = torch.randn(n, 3, 224, 224), draw_prompts(n, 4, 0.75), torch.arange(n) % n_classes
+    return [part.to(DEVICE) for part in parts]
 
 
 def step(model, images, kept, labels, plain=False):
@@ -186,16 +216,18 @@ def gigaflops(function):
     return sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)) / 1e9
 
 
+# ---- the rows ------------------------------------------------------------------------------------------------
+
 def measure():
     """-> {what: value}; seconds unless the name says otherwise."""
     table, clip_model = {}, vit_b16()
-    a, b = torch.randn(1576, 768), torch.randn(3072, 768)
+    a, b = torch.randn(1576, 768, device=DEVICE), torch.randn(3072, 768, device=DEVICE)
     small = SOTGLP(clip_model, NAMES).train()
     four, many = batch(4, 10), batch(32, 10)
     with torch.no_grad():
         cached = clip_model.encode_patches(many[0])
-    g, l = small.eval()(four[0])
-    for ours, plain in zip((g, l), plain_forward(small, four[0], torch.arange(4).expand(4, -1))):
+        g, l = small.eval()(four[0])
+    for ours, plain in zip((g, l), plain_forward(small, four[0], torch.arange(4, device=DEVICE).expand(4, -1))):
         torch.testing.assert_close(ours, plain, atol=1e-3, rtol=1e-4)     # the same numbers, or the race is void
     small.train()
     times = take_turns({
@@ -213,11 +245,16 @@ def measure():
     table["step C=10 B=4, times faster than plain"] = times["step C=10 B=4, plain"] / times["step C=10 B=4"]
     table["text C=10, times faster than plain"] = times["text C=10, plain"] / times["text C=10"]
     table["cached features, times faster"] = times["step C=10 B=32"] / times["step C=10 B=32, cached features"]
-    table["text C=10, of the peak"] = gigaflops(lambda: backward(small.encode_prompts())) / times["text C=10"] / peak
+    for what, function in (("text C=10", lambda: backward(small.encode_prompts())),
+                           ("images B=4, both streams", lambda: clip_model.encode_patches(four[0])),
+                           ("step C=10 B=4", lambda: step(small, *four))):
+        table[f"{what}, of the peak"] = gigaflops(function) / times[what] / peak
     one, both = (gigaflops(lambda s=s: clip_model.encode_patches(four[0], s)) for s in ("qk", "vv"))
     table["images, FLOPs of linear layers, both streams over one"] = both / one
-    table["images, of the peak"] = both / times["images B=4, both streams"] / peak
     table["evaluation, images/s"] = 4 / times["images B=4, both streams"]
+    table |= race(tricks(clip_model, small, four[0]), args.repeats) | costs(clip_model)
+    if DEVICE.type == "cuda":
+        return table | precisions(many)
     table["peak memory of a step C=10 B=4, MiB, plain"] = peak_of_a_step("plain")
     table["peak memory of a step C=10 B=4, MiB"] = peak_of_a_step("ours")
     if (args.project / "methods/promptot.py").exists():
@@ -229,15 +266,110 @@ def measure():
     return table | loader_and_starts()
 
 
+def tricks(clip_model, model, images):
+    """{trick: (plain, ours)}: each trick alone, where that can be told apart; both give tensors."""
+    *_, W = model.local_prompts.shape
+    visual, blocks = clip_model.visual, clip_model.transformer.resblocks
+    shared, own = model.global_prompts, model.global_prompts.expand(len(NAMES), -1, -1, -1)
+    texts = torch.randn(40, 10, W, device=DEVICE, requires_grad=True)
+    eot, rows = torch.full((40,), 9, device=DEVICE), torch.arange(40, device=DEVICE)
+    tokens = torch.randn(4 * 196, 768, device=DEVICE)
+    cost, hidden = torch.rand(32, 100, 10, 4, device=DEVICE), torch.randn(4 * 197, 3072, device=DEVICE)
+
+    def all_rows():                                    # of the last block, where [EOT] alone is read
+        x = texts + clip_model.positional_embedding[:10]
+        for block in blocks:
+            x = block(x, causal=True)
+        return with_gradient(texts, clip_model.ln_final(x[rows, eot]) @ clip_model.text_projection)
+
+    def all_tokens():                                  # of the last block of both streams
+        x = z = visual.embed(images)
+        for block in visual.transformer.resblocks:
+            x, z = block.forward_dual(x, z)
+        return visual.ln_post(x[:, 0]), visual.ln_post(z[:, 1:])
+
+    def padded():                                      # to 77 tokens
+        long = F.pad(texts, (0, 0, 0, 67))
+        return with_gradient(texts, clip_model.encode_embeddings(long, eot))
+
+    ours = lambda: with_gradient(texts, clip_model.encode_embeddings(texts, eot))
+    return {
+        "no token behind [EOT]": (padded, ours),
+        "last text block for [EOT] alone": (all_rows, ours),
+        "shared prompts once for all classes": (lambda: with_gradient(shared, model.encode(own)),
+                                                lambda: with_gradient(shared, model.encode(shared))),
+        "one pass for both image streams": (
+            lambda: (clip_model.encode_image(images), clip_model.encode_patches(images)[1]),
+            lambda: (lambda cls, patches: (cls @ visual.proj, patches))(*clip_model.encode_patches(images))),
+        "last image block for what is read": (all_tokens, lambda: clip_model.encode_patches(images)),
+        "QuickGELU in place": (lambda: [hidden * torch.sigmoid(1.702 * hidden)], lambda: [blocks[0].mlp.gelu(hidden)]),
+        "projections multiplied first": (
+            lambda: [F.normalize(tokens @ model.local_projection @ visual.proj, dim=-1)],
+            lambda: [project(tokens, visual.proj, model.local_projection)]),
+        "transport with its problems last": (lambda: [plain_sinkhorn(cost)], lambda: [sinkhorn(cost)])}
+
+
+def with_gradient(leaf, output):
+    """The output, and the gradient that the sum of its cubes gives a leaf (that of squares is 0 for unit vectors)."""
+    return output, *torch.autograd.grad(output.pow(3).sum(), leaf)
+
+
+def costs(clip_model):
+    """What a step's linear layers cost against the number of classes and of images, in GFLOP, by formula."""
+    W, D, table = 512, 512, {}
+    block = 12 * W * W                                 # per token, as in tests/test_flops.py
+    for C in (10, 100, 1000):
+        names = [f"{name} {i}" if C > 10 else name for name in NAMES for i in range(C // 10)]
+        _, eot, chunks, _ = ClassTexts(clip_model, names).prepare(4)
+        own, behind = (4 * sum(len(classes) * (longest + more) for classes, longest in chunks) for more in (4, -1))
+        needed = 4 * int((eot + 5).sum())
+        ours = own * (11 * block + 2 * W * W) + 4 * C * (10 * W * W + W * D)                    # local prompts
+        ours += behind * (11 * block + 3 * W * W) + 4 * C * (9 * W * W + W * D) + 20 * len(chunks) * 12 * block
+        table[f"text C={C}, GFLOP forward and backward, plain"] = 8 * C * 77 * 12 * block * 4 / 1e9
+        table[f"text C={C}, GFLOP forward and backward"] = ours * 4 / 1e9
+        table[f"text C={C}, share of its tokens that is padding"] = 1 - needed / own
+    image = gigaflops(lambda: clip_model.encode_patches(torch.randn(1, 3, 224, 224, device=DEVICE)))
+    return table | {f"images B={B}, GFLOP": B * image for B in (4, 32, 128)}
+
+
+def precisions(many):
+    """A step C = 10, B = 32 on a GPU in each precision: seconds, and MiB above what the weights take."""
+    table = {}
+    for name, dtype in HALF.items():
+        model = SOTGLP(vit_b16(), NAMES).train()
+        if dtype:
+            model.clip.store_matrices(dtype)
+
+        def mixed_step():
+            with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
+                g, l = model(*many[:2])
+            objective(g, l, many[2]).backward()
+
+        table |= take_turns({f"step C=10 B=32, {name}": mixed_step}, args.repeats)
+        weights = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        mixed_step()
+        table[f"peak memory of a step C=10 B=32, MiB, {name}"] = (torch.cuda.max_memory_allocated() - weights) / 2**20
+    return table
+
+
 def hundred_classes(clip_model):
-    model = SOTGLP(clip_model, [f"{name} {i}" for name in NAMES for i in range(10)]).train()
+    names = [f"{name} {i}" for name in NAMES for i in range(10)]
+    model, uncut = SOTGLP(clip_model, names).train(), ClassTexts(clip_model, names, text_chunk=10**6)
+    shared, local = model.global_prompts, model.local_prompts
     four, many = batch(4, 100), batch(32, 100)
     patches = F.normalize(torch.randn(32, 196, 512), dim=-1)
     text = F.normalize(torch.randn(100, 4, 512), dim=-1).requires_grad_()
     times = take_turns({
         "step C=100 B=4": lambda: step(model, *four), "step C=100 B=32": lambda: step(model, *many),
         "local matching C=100 B=32": lambda: local_logits(patches, text, 100.0)[0].sum().backward()}, args.repeats)
-    return times | {"local matching, of that step": times["local matching C=100 B=32"] / times["step C=100 B=32"]}
+    share = {"local matching, of that step": times["local matching C=100 B=32"] / times["step C=100 B=32"]}
+    return times | share | race({
+        "C=100, shared prompts once for all classes": (
+            lambda: with_gradient(shared, model.encode(shared.expand(100, -1, -1, -1))),
+            lambda: with_gradient(shared, model.encode(shared))),
+        "C=100, chunks cut where names get longer": (lambda: with_gradient(local, uncut(local)),
+                                                     lambda: with_gradient(local, model.encode(local)))}, args.repeats)
 
 
 def loader_and_starts():
@@ -268,12 +400,12 @@ def main():
     if args.against:
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
             command = [sys.executable, __file__, "--project", args.against, "--json", file.name,
-                       "--repeats", str(args.repeats)] + ["--quick"] * args.quick
+                       "--repeats", str(args.repeats), "--device", args.device] + ["--quick"] * args.quick
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             other = json.loads(Path(file.name).read_text())
     for what, value in table.items():
         ratio = f"   {other[what]:10.3f}   ratio {other[what] / value:.2f}" if what in other else ""
-        print(f"{what:55s} {value:10.3f}{ratio}")
+        print(f"{what:65s} {value:10.1e}{ratio}" if "deviation" in what else f"{what:65s} {value:10.3f}{ratio}")
     if args.json:
         Path(args.json).write_text(json.dumps(table, indent=2))
 
