@@ -258,8 +258,8 @@ def measure():
     table["peak memory of a step C=10 B=4, MiB, plain"] = peak_of_a_step("plain")
     table["peak memory of a step C=10 B=4, MiB"] = peak_of_a_step("ours")
     if (args.project / "methods/promptot.py").exists():
-        model = prompted()
-        table |= take_turns({"step of Prompt-OT C=10 B=4": lambda: prompted_step(model, four[0], four[2])}, args.repeats)
+        deep = prompted()
+        table |= take_turns({"step of Prompt-OT C=10 B=4": lambda: prompted_step(deep, four[0], four[2])}, args.repeats)
         table["peak memory of a step of Prompt-OT C=10 B=4, MiB"] = peak_of_a_step("prompted")
     if not args.quick:
         table |= hundred_classes(clip_model)
