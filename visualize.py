@@ -196,12 +196,13 @@ STREAMS = {"vv": "V-V patch tokens (Eq. 2)", "vv_alias": "V-V patch tokens of th
 def streams(model, texts, image, name, truth=None, label=None):
     """The same prompts on the run's own patch tokens and on CLIP's other streams. Arguments as of `figure_2`."""
     picture, side = picture_of(image), (WIDTH - 5 * GAP) // 6
-    label, parts = look(model, image[None], texts, label).label, []
-    for stream in dict.fromkeys((model.stream or "qk", "vv", "qk", "value")):
+    seen, parts = look(model, image[None], texts, label), []
+    if seen.similarity is None:
+        raise ValueError("--streams: the method of this run compares no patches")
+    label = seen.label
+    for stream in dict.fromkeys((model.stream, "vv", "qk", "value")):
         tokens = model.clip.encode_patches(image[None], stream)                    # (1, W), (1, P, W)
         similarity = patch_cosines(model, tokens, texts, label)                    # (P, L)
-        if similarity is None:
-            raise ValueError("--streams: the method of this run compares no patches")
         bounds = similarity.min().item(), similarity.max().item()
         maps = prompt_maps(picture, similarity, bounds, side)
         if type(model) is SOTGLP:

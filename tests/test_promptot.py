@@ -172,6 +172,16 @@ def test_without_transport_it_is_ivlp_and_asks_no_teacher(clip_model, monkeypatc
     assert [*terms] == ["global"] and loss == terms["global"] == F.cross_entropy(*outputs, torch.tensor([2, 0, 1]))
 
 
+def test_chunks_and_checkpoints_change_neither_values_nor_gradients(clip_model):
+    found, x = [], images()
+    for options in ({}, dict(text_chunk=1, checkpoint_text=True)):
+        torch.manual_seed(3)
+        model = PromptOT(clip_model, NAMES, **options).train()
+        loss, _ = model.loss(model(x), torch.tensor([2, 0, 1]), 3)
+        found.append((loss, *torch.autograd.grad(loss, (model.text_prompts, model.image_prompts))))
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-3)
+
+
 @pytest.mark.parametrize("option, value", [("modality", "both"), ("plan", "greedy")])
 def test_unknown_words_are_refused(option, value, clip_model):
     with pytest.raises(ValueError, match=f"--{option} must be one of .*, got '{value}'"):
