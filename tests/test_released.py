@@ -27,11 +27,11 @@ SCRIPTS = {"imagenet": "0.01 50 256 4", "caltech101": "0.005 200 32 6", "oxford_
 
 @pytest.mark.parametrize("dataset", SCRIPTS)
 def test_the_recipe_is_that_of_the_datasets_script(dataset):
-    args = vars(script.parse_args(["--recipe", "released", "--dataset", dataset, "--data-root", "."]))
+    args = vars(script.parse_args(["--recipe", "released", "--dataset", dataset]))
     lr, *counts = SCRIPTS[dataset].split()
     assert args["lr"] == float(lr)
     assert [args[name] for name in ("epochs", "batch_size", "n_local")] == [*map(int, counts)]
-    paper = vars(script.parse_args(["--dataset", dataset, "--data-root", "."]))
+    paper = vars(script.parse_args(["--dataset", dataset]))
     assert {name: args[name] for name in args if args[name] != paper[name]
             and name not in ("lr", "epochs", "batch_size", "n_local")} == {
         "recipe": "released", "warmup_epochs": 0, "n_global": 3, "lambda_local": 1.0, "sampler": "proportional",
