@@ -4,15 +4,19 @@
     python compare.py --dataset eurosat dtd --shots 1 16 --data-root DIR --model ViT-B/16
     python compare.py --methods coop sotglp --epochs 20               what it does not know itself goes to train.py
     python compare.py --classes base                                  trained on half of the classes, tested on both
-    python compare.py --ablations                                     variants of SOT-GLP beside it, see ablations.py
+    python compare.py --ablations                                     variants of SOT-GLP beside it
 
 Each run is one of train.py (or of methods/linear_probe.py) in a folder of its own below --output-dir. Stop it when you
 like: what is finished is not run again, and an interrupted run goes on where it was. Without a GPU two runs go at a
 time, each with one thread. Read it from `main`: the runs, what is missing of them, the table.
+
+Ablations: the branches share no learned parameter, so each alone, and any weight of their sum, is scored without
+training. A difference is judged on the validation shots, so that the test decides nothing; both are shown.
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -22,13 +26,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import ablations
 import data
 import evaluate
 import ood
 import runs
 import train
 from methods import linear_probe
+from sotglp import fuse
 
 # Name of a row: its label, its options of train.py, its column of Table 1. None: it has a command of its own.
 ROWS = {"zero_shot": ("zero-shot CLIP", None, "CLIP"), "linear_probe": ("linear probe", None, "Linear Probe"),
@@ -43,6 +47,28 @@ BASE_ROWS = {"zero_shot": ROWS["zero_shot"], "coop": ROWS["coop"],
              "promptot_image": ("Prompt-OT, images alone", ["--method", "promptot", "--modality", "image"], ""),
              "promptot_text": ("Prompt-OT, texts alone", ["--method", "promptot", "--modality", "text"], ""),
              "promptot": ("Prompt-OT, joint", ["--method", "promptot"], "")}
+
+# The rows of --ablations; the first one is what the others are compared with.
+ABLATIONS = {"full": ("SOT-GLP", []),
+        "no_vv": ("w/o V-V", ["--no-vv"]),
+        "no_projection": ("w/o local projection", ["--no-local-projection"]),
+        "shared_local": ("shared local prompts", ["--shared-local"]),
+        "independent": ("independent top-K per prompt", ["--method", "independent"]),
+        "dense": ("dense transport, K = P", ["--method", "dense"]),
+        "uniform_plan": ("uniform plan", ["--epsilon", "10000"]),
+        "constant_plan": ("plan held constant", ["--no-plan-gradient"]),
+        **{f"support_{k}": (f"K = {k}", ["--n-support", str(k)]) for k in (1, 5, 20)},
+        **{f"n_local_{n}": (f"L = {n}", ["--n-local", str(n)]) for n in (1, 2, 8)},
+        **{f"n_global_{n}": (f"G = {n}", ["--n-global", str(n)]) for n in (1, 2, 8)},
+        "no_dropout": ("prompt dropout 0", ["--prompt-dropout", "0"]),
+        # why 100: at 0.01 the default 20 leave larger row errors, and the row would show those
+        "epsilon_0.01": ("epsilon = 0.01, 100 iterations", ["--epsilon", "0.01", "--n-iters", "100"]),
+        "epsilon_1": ("epsilon = 1", ["--epsilon", "1"]),
+        "released": ("released recipe", ["--recipe", "released"])}
+WEIGHTS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)         # of the local branch in the fused score
+ABLATION_COLUMNS = {"validation": "validation", "accuracy": "test", "gl_mcm": "AUROC, GL-MCM"}
+# The paper's columns of Table 2 and rows of Table 3 that are rows here.
+PAPER_COLUMNS = {"no_vv": "w/o V-V", "no_projection": "w/o Proj", "shared_local": "w/o Class-Spec"}
 
 SECONDS = 120             # about what a run of the embedded default takes on one thread of an AMD EPYC (Zen 3)
 
@@ -87,7 +113,7 @@ def make_jobs(args):
                     if args.classes == "base":
                         commands["evaluation-new.json"] = ["evaluate.py", str(folder), "--classes", "new", *device]
                     if args.ablations:
-                        commands["weights.json"] = ["ablations.py", str(folder), *device]
+                        commands["weights.json"] = ["compare.py", "--weights", str(folder), *device]
                     jobs.append(Job(row, dataset, shots, seed, folder, commands))
     return jobs
 
@@ -182,7 +208,7 @@ def measure(jobs):
             new = json.loads((job.folder / "evaluation-new.json").read_text(encoding="utf-8"))
             found |= {"new": new["accuracy"], "zero-shot, new": new["zero_shot_accuracy"]}
         if "weights.json" in job.commands:
-            validation = ablations.read_weights(job.folder)["val"]
+            validation = read_weights(job.folder)["val"]
             found |= {"validation": validation["fused"]} if validation else {}
         for column, value in found.items():
             values.setdefault(column, []).append(value)
@@ -240,6 +266,87 @@ def print_base_to_new(args, table):
     print("\nThe harmonic mean is that of the two means; its deviation is that of the seeds' own.")
 
 
+# ---- the ablations -------------------------------------------------------------------------------------------
+
+def score_weights(run, device):
+    """Writes a run's accuracies in percent by its own scores and by each of WEIGHTS, in one pass over each part.
+
+    RUN/weights.json: {"val": {score: accuracy}, "test": {score: accuracy}}; "val" is empty without validation pictures.
+    """
+    checkpoint, model = runs.open_run(run, device)
+    config, own = checkpoint["config"], model.scores
+    _, *parts, _ = data.load(config["dataset"], config["data_root"], config["shots"], config["split_seed"],
+                             config["sampler"], config["held_out"], config["classes"])
+    model.scores = lambda outputs: {**own(outputs), **{str(weight): fuse(*outputs, weight) for weight in WEIGHTS}}
+    found = {"val": {}, "test": {}}
+    for part, items in zip(found, parts):
+        if items:
+            counts = evaluate.test(model, items, config["dataset"], runs.usable_amp(config["amp"], device))
+            found[part] = {score: 100 * right.sum().item() / len(items) for score, right in counts.right.items()}
+    runs.write_json(run / "weights.json", found)
+
+
+def read_weights(folder):
+    """weights.json of a run's folder."""
+    return json.loads((folder / "weights.json").read_text(encoding="utf-8"))
+
+
+def weight_rows(folders):
+    """The rows that need no training, from the runs of the full method: {label: {column: [a value per seed]}}."""
+    scores = [read_weights(folder) for folder in folders]
+    labels = {"global": "global branch alone", "local": "local branch alone",
+              **{str(weight): f"weight of the local branch {weight}" for weight in WEIGHTS}}
+    return {label: {"validation": [score["val"][name] for score in scores if score["val"]],
+                    "accuracy": [score["test"][name] for score in scores]} for name, label in labels.items()}
+
+
+def difference(values, full):
+    """The mean difference of two lists, paired by seed, its standard error and a mark: "-5.73 +- 1.20 ~".
+
+    ~ marks a difference that is not larger than twice its standard error. One pair has none, and is marked too.
+    """
+    differences = [value - base for value, base in zip(values, full, strict=True)]
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
+    mean = statistics.mean(differences)
+    return f"{mean:+.2f} +- {error:.2f}" + (" ~" if abs(mean) <= 2 * error else "  ")
+
+
+def paper_difference(row):
+    """What the paper prints for a row, against its full method: accuracy (Table 2, average), AUROC (Table 3, mean)."""
+    if row not in PAPER_COLUMNS:
+        return ""
+    accuracy = next(line for line in evaluate.paper_table(2) if line["dataset"] == "average")
+    auroc = {line["method"]: line["mean AUROC"] for line in evaluate.paper_table(3)}
+    return ", ".join(f"{table[PAPER_COLUMNS[row]] - table['SOT-GLP']:+.1f}" for table in (accuracy, auroc)
+                     if PAPER_COLUMNS[row] in table)
+
+
+def print_ablations(args, table, jobs):
+    """A table for each dataset and number of shots; table: {(dataset, shots): {row: {column: [a value per seed]}}}."""
+    seeds = " ".join(map(str, args.seeds))
+    print(f"\nMean and standard deviation over seeds {seeds}; the difference to the full method, paired by seed, with "
+          "its standard\nerror; ~ not larger than twice that. Validation shots judge, the test is shown. Last column: "
+          "the paper's differences,\naccuracy on eleven datasets (Table 2), AUROC on ImageNet (Table 3).")
+    for (dataset, shots), rows in table.items():
+        model = args.model or runs.default_model(dataset)
+        folders = [job.folder for job in jobs if job[:3] == ("full", dataset, shots)]
+        print_ablation_table(f"{dataset}, {shots} shots, model {model}", {**rows, **weight_rows(folders)})
+
+
+def print_ablation_table(heading, rows):
+    """The rows, each beside the row "full", which has the same seeds."""
+    full = rows["full"]
+    print(f"\n{heading}")
+    print(f"{'':32s}" + "".join(f"{head:>16s}{'difference':>18s}" for head in ABLATION_COLUMNS.values()) + f"{'paper':>12s}")
+    for name, values in rows.items():
+        cells = ""
+        for column in ABLATION_COLUMNS:
+            found = values.get(column, [])
+            cells += f"{evaluate.mean_and_spread(found):>16s}"
+            cells += f"{difference(found, full[column]) if found and name != 'full' else '':>18s}"
+        print(f"{ABLATIONS.get(name, [name])[0]:32s}{cells}{paper_difference(name):>12s}".rstrip())
+
+
 # ---- the script ----------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
@@ -252,8 +359,10 @@ def parse_args(argv=None):
     add("--shots", nargs="+", type=int, default=[16], help="training images per class, a table for each (16)")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="runs of each method; the shots stay the same (1 2 3)")
     add("--ablations", action="store_true", help="compare SOT-GLP with variants of itself")
+    add("--weights", type=Path, metavar="RUN",
+        help="score this run with several weights of the local branch, into RUN/weights.json; --ablations does it for all")
     add("--methods", nargs="+", metavar="ROW",
-        help=f"rows (all): {', '.join(ROWS)}; with --ablations {', '.join(ablations.ROWS)}; with --classes base "
+        help=f"rows (all): {', '.join(ROWS)}; with --ablations {', '.join(ABLATIONS)}; with --classes base "
              + ", ".join(BASE_ROWS))
     add("--classes", choices=("all", "base"), default="all",
         help="base: train on the first half of the classes, test on each half (%(default)s)")
@@ -264,7 +373,7 @@ def parse_args(argv=None):
     args, args.more = parser.parse_known_args(argv)
     if args.ablations and args.classes == "base":
         parser.error("--ablations and --classes base do not go together")
-    args.rows = ablations.ROWS if args.ablations else BASE_ROWS if args.classes == "base" else ROWS
+    args.rows = ABLATIONS if args.ablations else BASE_ROWS if args.classes == "base" else ROWS
     args.methods = args.methods or [*args.rows]
     # why apart: evaluate.py --table averages what is in runs/
     args.output_dir = args.output_dir or ("ablations" if args.ablations else "runs")
@@ -280,6 +389,8 @@ def parse_args(argv=None):
 def main(args):
     """The runs, what is missing of them, the table."""
     runs.check_device(args.device)
+    if args.weights:
+        return score_weights(args.weights, args.device)
     jobs = make_jobs(args)
     check_finished(jobs)
     on_gpu = args.device.startswith("cuda")
@@ -287,7 +398,7 @@ def main(args):
     run_all(jobs, at_once, threads=0 if on_gpu else 1)
     table = make_table(args, jobs)
     if args.ablations:
-        ablations.print_tables(args, table, jobs)
+        print_ablations(args, table, jobs)
     elif args.classes == "base":
         print_base_to_new(args, table)
     else:

@@ -13,20 +13,23 @@ import itertools
 import json
 import os
 import random
+import re
 import sys
+import threading
+import warnings
 import zlib
 from typing import NamedTuple
 
 import clip  # before torch: it bounds how long torch's threads wait; nothing else of it is used here
 
+import numpy
 import torch
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import transforms
 
 import critters
 import download
-import folder
-from folder import read_image
 
 
 # ---- the datasets -------------------------------------------------------------------------------------------
@@ -92,6 +95,9 @@ DATASETS = {
 }
 
 
+PARTS = ("train", "val", "test")
+HELD_OUT = 0.5                     # of one's own pictures: the share of each class that is kept for the test where there
+NAMES = "classnames.txt"           # is no folder for it, and the file with class names
 VARIANTS = [name for name, row in DATASETS.items() if row.sizes and not row.sizes[0]]
 
 
@@ -125,7 +131,7 @@ def load(name, root, shots, seed, sampler="exact", held_out=None, classes="all")
 
     Three lists of `(path, label, class name)`, and the names ordered by label, raw: underscores stay.
     shots: images per class, drawn with `seed`; None or 0 means all. sampler: "exact" (CoOp's k-shot) or
-    "proportional" (the released code's). held_out: see `folder.own_lists`, None for other datasets.
+    "proportional" (the released code's). held_out: see `own_lists`, None for other datasets.
     Validation gets up to min(shots, 4) per class from the same random stream. classes: see `choose_classes`; shots are
     drawn before, so that a class has the same ones in any case.
     Raises FileNotFoundError, with the folder looked in and the tree expected, where anything named is not there.
@@ -166,13 +172,13 @@ def read_lists(name, root, seed=1, held_out=None):
         raise ValueError(f"no dataset is called {name!r}; there are {', '.join(DATASETS)}")
     if held_out is not None and name != "folder":
         raise ValueError(f"--held-out is for one's own pictures, --dataset folder; {name} has a test split")
-    readers = {"critters": _critters, "imagenet": folder.imagenet_lists, "fgvc_aircraft": _aircraft,
-               **dict.fromkeys(VARIANTS, folder.variant_lists)}
+    readers = {"critters": _critters, "imagenet": imagenet_lists, "fgvc_aircraft": _aircraft,
+               **dict.fromkeys(VARIANTS, variant_lists)}
     row, read = DATASETS[name], readers.get(name, _split)
     try:
         home, images = download.locate(row, root) if row.layouts else ("", "")
-        parts = folder.own_lists(images, seed, held_out) if name == "folder" else read(row, home, images)
-        lists = dict(zip(folder.PARTS, parts))
+        parts = own_lists(images, seed, held_out) if name == "folder" else read(row, home, images)
+        lists = dict(zip(PARTS, parts))
     except FileNotFoundError as error:
         what = f"there is no {error.filename}" if error.filename else error
         raise FileNotFoundError(f"{name}: {what}\n" + download.tree(name, row, root)) from None
@@ -218,9 +224,9 @@ def _aircraft(row, home, images):
 
     differs: the released code trains on train and val together (6,667 images), the literature on train (3,334).
     """
-    labels = {variant: label for label, variant in enumerate(folder.lines(f"{home}/variants.txt"))}
+    labels = {variant: label for label, variant in enumerate(lines(f"{home}/variants.txt"))}
     for path in (f"{home}/images_variant_{part}.txt" for part in ("train", "val", "test")):
-        names = folder.read_names(path)
+        names = read_names(path)
         unknown = set(names.values()) - set(labels)
         if unknown:
             raise ValueError(f"{path}: {min(unknown)!r} is none of the {len(labels)} variants of variants.txt")
@@ -274,6 +280,180 @@ def _by_label(items):
     return list(groups.values())
 
 
+# ---- one's own pictures, and ImageNet: a folder for each class -----------------------------------------------
+
+def layout(root):
+    """Where the parts of one's own pictures are: {"train": folder, "val": ..., "test": ...}, or {"train": root}."""
+    there = {part: f"{root}/{part}" for part in PARTS if os.path.isdir(f"{root}/{part}")}
+    return there if "train" in there and len(there) > 1 else {"train": root}
+
+
+def own_lists(root, seed, held_out=None):
+    """One's own pictures -> train, val, test: lists of items.
+
+    Folders train/ and test/ or val/ or both; without test/, val/ is the test. Or only class folders: then the share
+    `held_out` of each class, HELD_OUT where None, is drawn for the test. Class names are the folders' with _ and - as
+    spaces, or, where there is a classnames.txt, its lines `<folder> <name>`.
+    Raises ValueError for fewer than two classes, and where `held_out` has nothing to do.
+    """
+    parts = layout(root)
+    if held_out is not None and len(parts) > 1:
+        raise ValueError(f"--held-out is for class folders alone, but {root} has {' and '.join(parts)}: leave it out")
+    given = os.path.join(root, NAMES)
+    names = read_names(given) if os.path.exists(given) else {
+        # why as UTF-8: a class must have the same name, and so the same tokens, whatever the locale is
+        folder: re.sub("[_-]", " ", os.fsencode(folder).decode("utf-8", "replace"))
+        for folder in download.class_folders(parts["train"])}
+    if len(names) < 2:
+        raise ValueError(f"1 class: {parts['train']} has one class folder, {min(names)!r}, and two or more are needed. "
+                         "Is --data-root one level too high, or too low?")
+    lists = {part: class_items(folder, names) for part, folder in parts.items()}
+    if len(parts) == 1:
+        return hold_out(lists["train"], seed, HELD_OUT if held_out is None else held_out)
+    test = lists.pop("test", None) or lists.pop("val")
+    return lists["train"], lists.get("val", []), test
+
+
+def hold_out(items, seed, share):
+    """Draws a share, in (0, 1), of each class for the test, at least one picture -> train, val (empty), test."""
+    rng, test = random.Random(seed), set()
+    for label in range(items[-1][1] + 1):
+        group = [item for item in items if item[1] == label]
+        if len(group) < 2:
+            raise ValueError(f"class {group[0][2]!r} has 1 picture, {group[0][0]}: two are needed, as one is held out "
+                             "for the test")
+        count = int(len(group) * share + 1e-9)           # why 1e-9: 0.29 * 100 is a little less than 29
+        test |= {*rng.sample(group, max(count, 1))}
+    return [item for item in items if item not in test], [], [item for item in items if item in test]
+
+
+def imagenet_lists(row, home, images):
+    """ImageNet -> train, val (empty), test; the label is the rank of the folder's WordNet id among all of them, sorted.
+
+    differs: CoOp lists files in the order of the disk, so its draw varies from machine to machine; here file names are
+    sorted. CoOp also uses the 50,000 test pictures for validation; here the few come from the training pictures.
+    """
+    names = read_names(f"{home}/{row.lists[0]}")
+    return class_items(f"{images}/train", names), [], class_items(f"{images}/val", names)
+
+
+def variant_lists(row, home, images):
+    """A variant of ImageNet -> train and val (empty), test. Folders are called by WordNet id, those of V2 by label."""
+    names, found = read_names(f"{home}/{row.lists[0]}"), download.class_folders(images)
+    if all(folder.isdigit() for folder in found):
+        names = {str(label): names[wnid] for label, wnid in enumerate(sorted(names))}
+        return [], [], class_items(images, names, key=int)
+    if row.classes < 1000:                               # a variant of some of the classes
+        names = {wnid: name for wnid, name in names.items() if wnid in found}
+    return [], [], class_items(images, names)
+
+
+def class_items(folder, names, key=None):
+    """Items of folder/<class>/; the label is the class folder's rank, by key, in `names`: {class folder: name}."""
+    found = download.class_folders(folder)
+    if set(found) != set(names):
+        unmatched = sorted(set(found) ^ set(names))
+        raise ValueError(f"{len(names)} class names for {len(found)} class folders in {folder}; "
+                         f"without counterpart: {', '.join(unmatched[:3])}{' ...' * (len(unmatched) > 3)}")
+    return [(path, label, names[at]) for label, at in enumerate(sorted(names, key=key)) for path in found[at]]
+
+
+def read_names(path):
+    """Lines `<folder or picture> <class name>` -> {folder or picture: class name}; without a name, the folder's own.
+
+    A tab parts the two where the folder's name has a blank.
+    """
+    pairs = (line.split("\t" if "\t" in line else None, 1) for line in lines(path))
+    return {first.strip(): " ".join(name).strip() or first for first, *name in pairs}
+
+
+def lines(path):
+    """The lines of a text file, without blanks at their ends and without empty ones."""
+    with open(path, encoding="utf-8-sig") as file:      # why -sig: editors on Windows begin a file with a mark
+        return [line.strip() for line in file if line.strip()]
+
+
+def remarks(root):
+    """What one should know of a folder of one's own pictures, as lines: what is left out, and why; what the test is."""
+    parts = layout(root)
+    used = {path for part in parts.values() for paths in download.class_folders(part).values() for path in paths}
+    pictures, others = download.walk(root)
+    others = [path for path in others if path != os.path.join(root, NAMES)]
+    beside = [path for path in pictures if path not in used]
+    lines = [f"left out: {download.kinds(others)}, not read as pictures, first {others[0]}"] if others else []
+    lines += [f"left out: {download.kinds(beside)}, outside of the class folders, first {beside[0]}"] if beside else []
+    return lines + ["no folder test/: val/ is the test"] * ("val" in parts and "test" not in parts)
+
+
+def check_pictures(items, rank=0, world=1):
+    """Reads every picture once, as people see it. Raises ValueError that names those which cannot be read.
+
+    why before training: else it would end at the first one, minutes or hours later. Each process reads its share.
+    """
+    faults = download.unreadable([path for path, *_ in items[rank::world]], lambda path: read_image(path, own=True))
+    if faults:
+        shown = faults[:20] + [f"and {len(faults) - 20} more"] * (len(faults) > 20)
+        raise ValueError(f"{len(faults)} of {len(items)} pictures cannot be read: replace or remove them\n"
+                         + "\n".join(shown))
+
+
+# ---- how pictures are read ---------------------------------------------------------------------------------------
+
+def read_image(path, own=False):
+    """The picture at `path`, or the one that critters draws for it -> PIL image.
+
+    It keeps its own mode: CLIP converts to RGB after the crop, so that palettes are resized as CLIP resizes them.
+    own: one of one's own pictures, read `as_seen`.
+    Raises ValueError, naming the file, where it is not there or cannot be decoded to its end.
+    """
+    if critters.is_path(path):
+        return critters.read(path)
+    _now.path = path
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return as_seen(image) if own else image
+    except Exception as error:   # why: Pillow raises OSError, SyntaxError, ValueError and its own, by format
+        raise ValueError(f"cannot read picture {path}: {type(error).__name__}: {error}") from error
+    finally:
+        _now.path = None
+
+
+def as_seen(image):
+    """A PIL image as people see it, in RGB: upright, of 8 bits, with white where it is transparent.
+
+    why not for the published datasets: their numbers belong to CLIP's own preprocessing, which does none of this.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":    # grey of 16 or 32 bits, which Pillow would cut off at 255
+        values = numpy.asarray(image).astype(numpy.float64)
+        # why: 16 bits have a white of their own, 32 bits have none, so the picture's brightest value serves
+        low, high = (0, 65535) if image.mode.startswith("I;16") else (values.min(), values.max())
+        image = Image.fromarray(((values - low) / ((high - low) or 1) * 255).round().astype(numpy.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+_now = threading.local()         # .path: the picture that this thread reads
+_told, _show = set(), warnings.showwarning
+
+
+def show_warning(message, category, *where, **more):
+    """Shows a warning of Pillow once for each picture, with the name of its file; all other warnings as usual."""
+    path = getattr(_now, "path", None)
+    if path is None:
+        _show(message, category, *where, **more)
+    elif (path, str(message)) not in _told:
+        _told.add((path, str(message)))
+        print(f"warning: {path}: {message}", file=sys.stderr, flush=True)
+
+
+warnings.showwarning = show_warning
+warnings.filterwarnings("always", module=r"PIL\.")       # why always: Python drops a warning that it showed before
+
+
 # ---- from pictures to tensors --------------------------------------------------------------------------------
 
 def train_transform(preprocess):
@@ -288,7 +468,7 @@ class Pictures(Dataset):
     """Items as tensors: `pictures[i]` -> (image (3, R, R), label).
 
     With a seed, for training, the index is a pair `(epoch, i)`, and the crop depends only on (seed, epoch, i), not on
-    the batch size, the workers or the number of processes. own: as people see them, `folder.as_seen`.
+    the batch size, the workers or the number of processes. own: as people see them, `as_seen`.
     """
 
     def __init__(self, items, transform, seed=None, own=False):
@@ -386,7 +566,7 @@ def main(args):
         if args.download:
             download.download(name, DATASETS[name], root)
         lists = read_lists(name, root)
-        for line in folder.remarks(root) if name == "folder" else ():
+        for line in remarks(root) if name == "folder" else ():
             print(line)
         fine = download.check(name, DATASETS[name], root, *lists, functools.partial(read_image, own=name == "folder"))
     except (OSError, ValueError, RuntimeError) as error:

@@ -10,13 +10,15 @@
     python evaluate.py --table runs/                                  the paper's Tables 1 and 4, ours beside them
 
 RUN/evaluation.json and RUN/evaluation.csv keep the numbers; what training wrote stays as it is. Read it from
-`count_right` (one pass over the images) through `test` (a split) to `main`. predict.py does one's own pictures.
+`count_right` (one pass over the images) through `test` (a split) to `main`.
 """
 
 import argparse
 import csv
+import functools
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -29,11 +31,13 @@ if not hasattr(clip, "weights_hash"):
 
 import torch
 import torch.distributed as dist
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 import data
+import download
 import runs
 from methods import released
-from predict import calibration_error, csv_row, likeliest, name_files, predict, unseen_pictures, write_csv
 from sotglp import global_logits, project, unit
 
 __all__ = ["load_run", "predict"]  # what one's own programs need; the rest serves the scripts
@@ -53,7 +57,7 @@ def count_right(model, loader, zero_shot_text, said=None):
     """Counts what each score of a model gets right, and the zero-shot template beside them, in one pass.
 
     loader gives (images (B, 3, R, R), labels (B,)); zero_shot_text (C, D): unit vectors of the template -> Counts.
-    said: a list that gets what `predict.likeliest` says of each image.
+    said: a list that gets what `likeliest` says of each image.
     """
     C, device = len(zero_shot_text), zero_shot_text.device
     right, seen = {}, torch.zeros(C, dtype=torch.int64, device=device)
@@ -145,6 +149,33 @@ def accuracies_line(result):
     return f"accuracy {result['accuracy']:.2f} %  ({others})  on {images}"
 
 
+# ---- from scores to probabilities ----------------------------------------------------------------------------
+
+def likeliest(scores, top=5):
+    """Scores of a batch, {name: (B, C)}, the first of which decides -> for each image a pair.  Sec. 3.5
+
+    [(label, probability), ...] of its likeliest classes, and {name: probability of the first of them by each score}.
+    """
+    probabilities = {name: score.float().softmax(dim=1) for name, score in scores.items()}             # (B, C) each
+    best = next(iter(probabilities.values())).topk(min(top, len(next(iter(scores.values()))[0])))      # (B, top)
+    first = {name: p.gather(1, best.indices[:, :1])[:, 0].tolist() for name, p in probabilities.items()}
+    return [([*zip(labels, values)], {name: first[name][i] for name in first})
+            for i, (labels, values) in enumerate(zip(best.indices.tolist(), best.values.tolist()))]
+
+
+def calibration_error(said, labels, bins=15):
+    """How far the probability of the predicted class is from how often it is right, in [0, 1]: the ECE of Guo et al.
+
+    said: pairs of `likeliest`, of all images; labels: what they show. Equal bins (i/bins, (i+1)/bins]; the mean over
+    the images of |accuracy - mean probability| of an image's bin.
+    """
+    top = [classes[0] for classes, _ in said]
+    p = torch.tensor([p for _, p in top], dtype=torch.float64)                                         # (n,)
+    right = torch.tensor([predicted == label for (predicted, _), label in zip(top, labels)], dtype=torch.float64)
+    place = (p * bins).ceil().long().clamp(1, bins) - 1
+    return torch.zeros(bins, dtype=torch.float64).index_add(0, place, right - p).abs().sum().item() / len(p)
+
+
 # ---- runs ----------------------------------------------------------------------------------------------------
 
 def load_run(run, device="cpu"):
@@ -198,6 +229,145 @@ def evaluate_run(run, checkpoint, device, data_root=None, workers=0, split="test
         rows = [csv_row(path, words, class_names, label) for (path, label, _), words in zip(items, said)]
         runs.write_whole(csv_file, lambda path: write_csv(path, rows))
     return result
+
+
+# ---- predictions for any pictures ------------------------------------------------------------------------------------------
+
+def find(arguments):
+    """Files and folders -> the files, with all pictures below the folders; then one line on each thing left out."""
+    paths, notes = [], []
+    for argument in arguments:
+        if not os.path.isdir(argument):
+            paths.append(argument)
+            continue
+        pictures, others = download.walk(argument)
+        paths += pictures
+        if not pictures:
+            notes.append(f"{argument}: no picture in this folder")
+        if others:
+            notes.append(f"{argument}: left out {download.kinds(others)}, not read as pictures, first {others[0]}")
+    return paths, notes
+
+
+def unseen_pictures(run, checkpoint, data_root=None, split="test"):
+    """The test or validation pictures of a run, without those that it was trained on -> items, class names.
+
+    why: what is held out of a folder of one's own pictures is drawn from what the folder holds now, not then. Says how
+    many are left out. Raises ValueError where none are left, or the classes are others.
+    """
+    config = checkpoint["config"]
+    root, trained = data_root or config["data_root"], {*checkpoint["training"]}
+    _, val, test, class_names = data.load(config["dataset"], root, config["shots"], config["split_seed"],
+                                          config["sampler"], config["held_out"], config["classes"])
+    runs.check_classes(run, checkpoint["class_names"], class_names)
+    items = choose(split, val, test)
+    if config["dataset"] == "folder" and not trained:
+        print(f"note: {run} is of an earlier version, which did not keep what it was trained on: if pictures were "
+              "added since, some of those may count here", flush=True)
+    unseen = [item for item in items if runs.below(item[0], root) not in trained]
+    if len(unseen) < len(items):
+        print(f"note: {run} was trained on {len(items) - len(unseen)} of the {len(items)} {split} pictures of today: "
+              f"they are left out, {len(unseen)} count", flush=True)
+    if not unseen:
+        raise ValueError(f"{run} was trained on all pictures that are in its {split} part now")
+    return unseen, class_names
+
+
+def choose(split, val, test):
+    """The split that accuracies are measured on, "test" or "val". Raises ValueError where it is empty."""
+    if split == "val" and not val:
+        raise ValueError("there are no validation pictures: all are trained on. Give --shots, or a folder val/")
+    return {"val": val, "test": test}[split]
+
+
+def predict(model, paths, top=5, batch_size=100):
+    """Yields (path, [(class name, probability), ...]), the likeliest class first, for pictures read as people see them.
+
+    model: from `evaluate.load_run`. paths: of files, or PIL images. Raises ValueError that names a file which cannot be
+    read, when its turn comes.
+    """
+    for path, said in predictions(model, paths, top, batch_size):
+        if isinstance(said, ValueError):
+            raise said
+        yield path, [(model.class_names[label], p) for label, p in said[0]]
+
+
+@torch.no_grad()
+def predictions(model, pictures, top=5, batch_size=100, workers=0, progress=iter):
+    """Yields (picture, what `likeliest` says of it), or (picture, ValueError) for one that cannot be read."""
+    device = model.clip.logit_scale.device
+    pictures = [pictures] if isinstance(pictures, (str, os.PathLike, Image.Image)) else [*pictures]
+    model.eval()
+    texts = model.encode_prompts()                           # why here: the prompts do not change between images
+    files = Files(pictures, clip.preprocess(model.clip.visual.resolution))
+    loader, turn = DataLoader(files, batch_size, num_workers=workers, collate_fn=list), iter(pictures)
+    for batch in progress(loader):
+        images = [image for image in batch if torch.is_tensor(image)]
+        scores = model.scores(model(torch.stack(images).to(device), texts=texts)) if images else {}
+        said = iter(likeliest(scores, top) if images else [])
+        yield from ((picture, next(said) if torch.is_tensor(image) else image) for image, picture in zip(batch, turn))
+
+
+class Files(Dataset):
+    """Paths or PIL images as tensors (3, R, R), or as the ValueError that says why one cannot be read."""
+
+    def __init__(self, pictures, transform):
+        self.pictures, self.transform = pictures, transform
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, i):
+        picture = self.pictures[i]
+        try:
+            return self.transform(data.as_seen(picture) if isinstance(picture, Image.Image)
+                                  else data.read_image(os.fspath(picture), own=True))
+        except ValueError as error:
+            return error
+
+
+def name_files(model, arguments, csv_file=None, batch_size=100, workers=0):
+    """The likeliest classes of each picture, on the screen or as a CSV file; see `find` for the arguments.
+
+    Raises ValueError, when all others are done, where pictures could not be read.
+    """
+    paths, notes = find(arguments)
+    rows, faults = [], []
+    progress = functools.partial(runs.progress, label="pictures") if csv_file else iter
+    for path, said in predictions(model, paths, batch_size=batch_size, workers=workers, progress=progress):
+        if isinstance(said, ValueError):
+            faults.append(said)
+            continue
+        rows.append(csv_row(path, said, model.class_names))
+        if not csv_file:
+            print(f"{path}:  " + "   ".join(f"{p:.1%} {model.class_names[label]}" for label, p in said[0]), flush=True)
+    if csv_file and rows:
+        runs.write_whole(csv_file, lambda temporary: write_csv(temporary, rows))
+        print(f"wrote {csv_file}: {len(rows)} pictures", flush=True)
+    for line in (*notes, *faults):
+        print(line, file=sys.stderr)
+    if faults:
+        raise ValueError(f"{len(faults)} of {len(paths)} pictures could not be read")
+    if not paths:
+        raise ValueError("there is no picture to name")
+
+def csv_row(path, said, class_names, label=None):
+    """A picture's line of the CSV file, {column: value}; with a label also what it shows."""
+    classes, by_score = said
+    truth = {} if label is None else {"label": label, "class": class_names[label]}
+    columns = {"path": path, **truth, "predicted_label": classes[0][0], "predicted": class_names[classes[0][0]],
+               **{name: f"{p:.6f}" for name, p in by_score.items()}}
+    for place, (label, p) in enumerate(classes, start=1):
+        columns |= {f"class_{place}": class_names[label], f"probability_{place}": f"{p:.6f}"}
+    return columns
+
+
+def write_csv(path, rows):
+    """Rows as a CSV file. why surrogateescape: a file name need not be text in any encoding."""
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        table = csv.DictWriter(file, [*rows[0]])
+        table.writeheader()
+        table.writerows(rows)
 
 
 # ---- the paper's tables --------------------------------------------------------------------------------------

@@ -24,11 +24,9 @@ import torch
 import critters
 import data
 import evaluate
-import folder
 import runs
-from download import absolute
+from download import absolute, walk
 from methods import released
-from predict import unseen_pictures
 from sotglp import mean_cosines, project
 
 TEMPLATE = "a photo of a {}"     # as in MCM and GL-MCM, for every dataset; CoOp's templates end in a full stop
@@ -139,7 +137,7 @@ def ood_sets(dataset, root, own=None):
 def first_with_pictures(folders):
     """The pictures, as items, of the first of these folders that has any; none where no folder has."""
     for top in filter(os.path.isdir, folders):
-        pictures, _ = folder.walk(top)
+        pictures, _ = walk(top)
         if pictures:
             return [(path, -1, "") for path in pictures]
     return []
@@ -315,7 +313,7 @@ def find_pictures(args, checkpoint):
     root = args.data_root or config["data_root"] if args.run else data.find_root(args.dataset, args.data_root)
     # why the OOD sets first: what is missing shows at once, while ImageNet's lists take their time
     outside = ood_sets(config["dataset"], root, args.ood_root)
-    test, class_names = (unseen_pictures(args.run, checkpoint, root) if args.run else
+    test, class_names = (evaluate.unseen_pictures(args.run, checkpoint, root) if args.run else
                          data.load(config["dataset"], root, shots=0, seed=1)[2:])
     print(f"{args.run or 'zero-shot'}: model {config['model']}, ID {config['dataset']}, {len(test)} test images, OOD "
           + ", ".join(f"{name} {len(items)}" for name, items in outside.items())

@@ -6,7 +6,7 @@
     result.json    accuracies on the test split, configuration, versions; per_class.csv has them for each class
     evaluation.json, evaluation.csv    the same numbers from evaluate.py; with -new or -DATASET for other classes
     ood.json       the table of ood.py
-    weights.json   accuracies for several weights of the local branch, from ablations.py
+    weights.json   accuracies for several weights of the local branch, from compare.py --ablations
     pictures/      what visualize.py drew
 
 Read it from `open_run` (from a folder to a model) through the checks to the helpers for printing and writing.

@@ -33,10 +33,8 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import download
 import evaluate
-import folder
 import runs
 from methods import METHODS, OPTIONS, released
-from predict import choose
 
 
 # ---- options -------------------------------------------------------------------------------------------------
@@ -254,9 +252,9 @@ def set_up(args, rank, world, device):
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
     train_set, val_set, test_set, class_names = data.load(args.dataset, args.data_root, args.shots, args.split_seed,
                                                           args.sampler, args.held_out, args.classes)
-    test_set = choose(args.test_split, val_set, test_set)
+    test_set = evaluate.choose(args.test_split, val_set, test_set)
     if args.dataset == "folder":
-        folder.check(train_set + test_set, rank, world)
+        data.check_pictures(train_set + test_set, rank, world)
     published = data.split_matches_published(args.dataset, args.data_root)
     clip_model, preprocess = clip.load(args.model, device, args.activation)
     torch.manual_seed(args.seed)                         # why: the same initial prompts on every process
@@ -326,7 +324,7 @@ def announce(run):
           f"{run.device.type}, {threads} thread{'s' * (threads > 1)}{' each' * (run.world > 1)}, "
           f"precision {runs.precision(args.amp)}, writing to {run.folder}")
     print("  ".join(f"{name}={value}" for name, value in sorted(run.fingerprint["config"].items())))
-    for line in folder.remarks(args.data_root) if args.dataset == "folder" else ():
+    for line in data.remarks(args.data_root) if args.dataset == "folder" else ():
         print(line)
     if run.published is False:
         print(f"note: the split file of {args.dataset} is not CoOp's published one: do not compare with published "

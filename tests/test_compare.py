@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import ablations
 import compare
 import evaluate
 import methods.linear_probe
@@ -27,11 +26,12 @@ def started(monkeypatch):
     def pretend(command, cwd, stdout, stderr, env):
         _, name, *options = command
         commands.append((name, *options))
-        if name == "ablations.py":
-            seed = int(options[0][-1])
-            test = {score: 50.0 + seed for score in ("fused", "global", "local", *map(str, ablations.WEIGHTS))}
+        if name == "compare.py":
+            folder = Path(options[1])                      # behind --weights
+            seed = int(folder.name[-1])
+            test = {score: 50.0 + seed for score in ("fused", "global", "local", *map(str, compare.WEIGHTS))}
             val = {**{score: value + 5 for score, value in test.items()}, "fused": 40.0}
-            (Path(options[0]) / "weights.json").write_text(json.dumps({"val": val, "test": test}))
+            (folder / "weights.json").write_text(json.dumps({"val": val, "test": test}))
             return subprocess.CompletedProcess(command, 0)
         if name == "ood.py":
             table = {row: {"near": {"auroc": 1.0}, "mean": {"auroc": value}} for row, value in AUROC.items()}
@@ -150,7 +150,7 @@ def test_ablations_stand_beside_the_full_method_paired_by_seed(started, tmp_path
     # from weights.json of the full runs: validation 56, 57, 58, so 16, 17, 18 above 40; test 51, 52, 53, 19 below
     assert rows["local branch alone"] == ["57.00", "+-", "1.00", "+17.00", "+-", "0.58", "52.00", "+-", "1.00",
                                           "-19.00", "+-", "0.00"]
-    assert {f"weight of the local branch {weight}" for weight in ablations.WEIGHTS} <= {*rows}
+    assert {f"weight of the local branch {weight}" for weight in compare.WEIGHTS} <= {*rows}
     started.clear()
     run(tmp_path, "--ablations", "--methods", "no_vv", "--seeds", "2")
     assert not started and "-20.00 +- inf ~" in capsys.readouterr().out  # one pair: nothing to judge by
@@ -181,14 +181,14 @@ def test_the_time_is_foretold_by_the_runs_that_are_finished(started, tmp_path, c
     ("n_global_8", {"n_global": 8}), ("no_dropout", {"prompt_dropout": 0}), ("epsilon_1", {"epsilon": 1}),
     ("epsilon_0.01", {"epsilon": 0.01, "n_iters": 100})])
 def test_an_ablation_changes_one_thing(row, changes):
-    base, changed = (vars(script.parse_args(options)) for options in ([], ablations.ROWS[row][1]))
+    base, changed = (vars(script.parse_args(options)) for options in ([], compare.ABLATIONS[row][1]))
     assert {name: changed[name] for name in changed if changed[name] != base[name]} == changes
 
 
 def test_weights_of_a_run_agree_with_its_result(trained, tmp_path):
     run = copy(trained, tmp_path / "run")
-    ablations.main(ablations.parse_args([str(run), "--device", "cpu"]))
-    weights, (result, _, _) = ablations.read_weights(run), read(run)
+    compare.main(compare.parse_args(["--weights", str(run), "--device", "cpu"]))
+    weights, (result, _, _) = compare.read_weights(run), read(run)
     assert [*weights["val"]] == [*weights["test"]]                       # on what training left of the training part
     assert weights["test"]["0.25"] == weights["test"]["fused"] == result["accuracy"]
     for branch in ("global", "local"):
@@ -202,14 +202,14 @@ def test_each_weight_weighs_the_local_branch(trained, tmp_path, monkeypatch):
         return evaluate.Counts({name: score.argmax(dim=1) * len(items) for name, score in scores.items()}, None)
 
     monkeypatch.setattr(evaluate, "test", test)
-    ablations.score_weights(copy(trained, tmp_path / "run"), "cpu")
-    found = ablations.read_weights(tmp_path / "run")["test"]
+    compare.score_weights(copy(trained, tmp_path / "run"), "cpu")
+    found = compare.read_weights(tmp_path / "run")["test"]
     assert found == {"fused": 0, "global": 0, "local": 100, "0.05": 0, "0.1": 0, "0.25": 0, "0.5": 100, "1.0": 100,
                      "2.0": 100}
 
 
 def test_every_method_has_a_row_and_every_row_a_method():
     # the options of each row are options of train.py, and each method stands in the table
-    rows = [row for rows in (compare.ROWS, compare.BASE_ROWS, compare.ablations.ROWS) for row in rows.values()]
+    rows = [row for rows in (compare.ROWS, compare.BASE_ROWS, compare.ABLATIONS) for row in rows.values()]
     trained = [script.parse_args(row[1]).method for row in rows if row[1] is not None]
     assert {*trained} == {*compare.train.METHODS}

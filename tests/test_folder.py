@@ -1,4 +1,4 @@
-"""folder.py: one's own pictures: their layouts, what is held out, what is left out, how odd pictures are read."""
+"""One's own pictures: their layouts, what is held out, what is left out, how odd pictures are read."""
 
 import warnings
 
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import data
-import folder
+import download
 from test_data import picture
 
 
@@ -102,7 +102,7 @@ def test_every_layout_has_its_parts(parts, counts, tmp_path):
     train, val, test, class_names = data.load("folder", tmp_path, 0, 1)
     assert (len(train), len(val), len(test)) == counts and class_names == ["cat", "dog"]
     assert all(path.startswith(f"{tmp_path}/{parts[-1]}") for path, *_ in test)
-    assert ("no folder test/: val/ is the test" in folder.remarks(str(tmp_path))) == (parts == ("train", "val"))
+    assert ("no folder test/: val/ is the test" in data.remarks(str(tmp_path))) == (parts == ("train", "val"))
 
 
 @pytest.mark.parametrize("count, share, test", [
@@ -110,7 +110,7 @@ def test_every_layout_has_its_parts(parts, counts, tmp_path):
     (5, 0.1, 1), (2, 0.1, 1), (4, 0.99, 3)])                       # at least one, never all
 def test_the_share_that_is_held_out_by_hand(count, share, test):
     items = [(f"{label}/{i}", label, "ab"[label]) for label in (0, 1) for i in range(count)]
-    parts = folder.hold_out(items, 1, share)
+    parts = data.hold_out(items, 1, share)
     assert [len(part) for part in parts] == [2 * (count - test), 0, 2 * test] and {*parts[0], *parts[2]} == {*items}
 
 
@@ -144,38 +144,38 @@ def test_validation_takes_what_training_left_where_there_is_no_other_part(tmp_pa
 
 def test_nothing_is_left_out_without_a_word(tmp_path):
     folder_tree(tmp_path, ["Ä b", "cat"], 2)
-    assert folder.remarks(str(tmp_path)) == []
+    assert data.remarks(str(tmp_path)) == []
     for name in ("cat/2021/deep/1.jpg", "loose.jpg", ".hidden/1.jpg", "__MACOSX/1.jpg", "cat/__MACOSX/1.jpg"):
         picture(tmp_path / name)
     for name in ("cat/1.heic", "cat/2.HEIC", "cat/notes", "cat/.DS_Store", "classnames.txt"):
         (tmp_path / name).write_text("Ä\ncat\n")
-    assert len(folder.class_folders(tmp_path)["cat"]) == 3         # the one in a folder below it counts
-    assert folder.remarks(str(tmp_path)) == [
+    assert len(download.class_folders(tmp_path)["cat"]) == 3         # the one in a folder below it counts
+    assert data.remarks(str(tmp_path)) == [
         f"left out: 2 .heic, 1 without a suffix, not read as pictures, first {tmp_path}/cat/1.heic",
         f"left out: 1 .jpg, outside of the class folders, first {tmp_path}/loose.jpg"]
     (tmp_path / "new").mkdir()
     (tmp_path / "new/1.heic").touch()
     with pytest.raises(FileNotFoundError, match=r"there is no picture in .*/new \(1 .heic\)"):
-        folder.class_folders(tmp_path)
+        download.class_folders(tmp_path)
 
 
 def test_every_picture_that_cannot_be_read_is_named(tmp_path):
     folder_tree(tmp_path, ["a"], 4)
     items = [(str(tmp_path / f"a/{i}.png"), 0, "a") for i in range(4)]
-    folder.check(items)
+    data.check_pictures(items)
     for i in (1, 2):
         (tmp_path / f"a/{i}.png").write_bytes((tmp_path / f"a/{i}.png").read_bytes()[:-60])
     with pytest.raises(ValueError) as error:
-        folder.check(items)
+        data.check_pictures(items)
     first, *names = str(error.value).splitlines()
     assert first.startswith("2 of 4 pictures cannot be read")
     assert [name.split(": ")[0] for name in names] == [f"cannot read picture {tmp_path}/a/{i}.png" for i in (1, 2)]
-    folder.check(items, rank=0, world=4)                           # the first process of four reads the first one alone
+    data.check_pictures(items, rank=0, world=4)                           # the first process of four reads the first one alone
 
 
 def test_a_warning_names_its_picture_once(tmp_path, monkeypatch, capsys):
     path = str(picture(tmp_path / "a.png", size=(20, 20)))
-    monkeypatch.setattr(warnings, "showwarning", folder.show_warning)
+    monkeypatch.setattr(warnings, "showwarning", data.show_warning)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
     for _ in range(2):
         data.read_image(path)

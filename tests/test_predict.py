@@ -1,4 +1,4 @@
-"""predict.py and what evaluate.py makes of it: probabilities by hand, pictures from the shell and from Python."""
+"""Predictions of evaluate.py: probabilities by hand, pictures from the shell and from Python."""
 
 import csv
 import importlib.util
@@ -14,9 +14,7 @@ from PIL import Image
 import clip
 import data
 import evaluate
-import folder
 import ood
-import predict
 from conftest import PROJECT, copy, read, train
 
 NAMES = ["red clay", "sea", "wood"]
@@ -37,11 +35,11 @@ def table(path):
 def test_probabilities_by_hand():
     # softmax of (log 1, log 2, log 5) is (1/8, 2/8, 5/8), of (log 3, log 1, log 4) it is (3/8, 1/8, 4/8)
     fused, other = torch.tensor([[1., 2., 5.], [4., 3., 1.]]).log(), torch.tensor([[3., 1., 4.], [3., 1., 4.]]).log()
-    (top, by_score), (second, _) = predict.likeliest({"fused": fused, "global": other}, top=2)
+    (top, by_score), (second, _) = evaluate.likeliest({"fused": fused, "global": other}, top=2)
     assert [label for label, _ in top] == [2, 1] and [p for _, p in top] == pytest.approx([5 / 8, 2 / 8])
     assert by_score == pytest.approx({"fused": 5 / 8, "global": 4 / 8})              # both of class 2
     assert [label for label, _ in second] == [0, 1]
-    (top, by_score), _ = predict.likeliest({"only": fused})                          # a method with a single score
+    (top, by_score), _ = evaluate.likeliest({"only": fused})                          # a method with a single score
     assert len(top) == 3 and [*by_score] == ["only"]
 
 
@@ -51,10 +49,10 @@ def test_calibration_error_by_hand():
     def said(*probabilities):
         return [([(0, p)], {}) for p in probabilities]
 
-    assert predict.calibration_error(said(0.62, 0.66), [0, 1]) == pytest.approx(0.14)
-    assert predict.calibration_error(said(0.62, 0.66, 0.61, 1.0, 0.3), [0, 1, 0, 0, 1]) == pytest.approx(
+    assert evaluate.calibration_error(said(0.62, 0.66), [0, 1]) == pytest.approx(0.14)
+    assert evaluate.calibration_error(said(0.62, 0.66, 0.61, 1.0, 0.3), [0, 1, 0, 0, 1]) == pytest.approx(
         (3 * abs(2 / 3 - 0.63) + 0 + 0.3) / 5)
-    assert predict.calibration_error(said(0.4, 0.6), [0, 0], bins=1) == pytest.approx(0.5)
+    assert evaluate.calibration_error(said(0.4, 0.6), [0, 0], bins=1) == pytest.approx(0.5)
 
 
 # ---- from Python ---------------------------------------------------------------------------------------------
@@ -138,7 +136,7 @@ def test_texts_are_encoded_once_for_all_pictures(trained, pictures, monkeypatch)
     model, calls = evaluate.load_run(trained), []
     encode = type(model).encode_prompts
     monkeypatch.setattr(type(model), "encode_prompts", lambda self: calls.append(1) or encode(self))
-    predict.name_files(model, [pictures / "test"])
+    evaluate.name_files(model, [pictures / "test"])
     assert calls == [1]
 
 
@@ -170,7 +168,7 @@ def test_every_part_of_a_run_reads_pictures_as_people_see_them(options, pictures
             own.append(self.own)
 
     monkeypatch.setattr(data, "Pictures", Spy)
-    monkeypatch.setattr(folder, "remarks", lambda root: [f"a remark on {root}"])
+    monkeypatch.setattr(data, "remarks", lambda root: [f"a remark on {root}"])
     train(*options, "--epochs", 1, "--output-dir", tmp_path / "run")                            # training, test
     train(*options, "--epochs", 1, "--cache-features", "--output-dir", tmp_path / "run", "--overwrite")
     ood.main(ood.parse_args([str(tmp_path / "run"), "--device", "cpu", "--ood-root", f"x={tmp_path}/x"]))

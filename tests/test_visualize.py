@@ -11,7 +11,6 @@ from PIL import Image
 import clip
 import critters
 import data
-import panels
 import runs
 import visualize
 from conftest import copy, random_clip
@@ -133,25 +132,25 @@ def test_shades_of_the_plan_run_from_0_to_4_times_uniform(plan, times):
     panel = visualize.plan_table(torch.tensor(plan))
     # cells begin at x = 74, 231 and y = 26, 222: (448 - 74 - 60) / 2 = 157 wide, (448 - 26 - 30) / 2 = 196 high
     shades = [[panel.getpixel((x, y)) for x in (84, 241)] for y in (36, 232)]
-    assert shades == [[tuple(panels.colours(t / 4, panels.SHADE)) for t in row] for row in times]
+    assert shades == [[tuple(visualize.colours(t / 4, visualize.SHADE)) for t in row] for row in times]
 
 
 def test_long_names_and_paths_are_broken_not_cut():
     text = "/a/long/folder/" + "deeper/" * 40 + "picture.jpg, with the prompts of a class"
-    panel = panels.text_panel(text, width=300, size=24)
+    panel = visualize.text_panel(text, width=300, size=24)
     assert panel.height > 8 * 24 and (np.asarray(panel)[:, 299] == 255).all()
-    assert panels.text_panel(text, 10**4).height == panels.text_panel("a").height
+    assert visualize.text_panel(text, 10**4).height == visualize.text_panel("a").height
 
 
 def test_colours_lie_between_their_anchors_and_end_with_the_scale():
     scale = np.array([(0, 0, 0), (100, 50, 0), (200, 50, 0)])
-    shown = panels.colours(np.array([-1, 0, 0.25, 0.5, 1, 2]), scale)
+    shown = visualize.colours(np.array([-1, 0, 0.25, 0.5, 1, 2]), scale)
     assert shown.tolist() == [[0, 0, 0], [0, 0, 0], [50, 25, 0], [100, 50, 0], [200, 50, 0], [200, 50, 0]]
 
 
-@pytest.mark.parametrize("scale", [panels.HEAT, panels.SHADE[::-1]])
+@pytest.mark.parametrize("scale", [visualize.HEAT, visualize.SHADE[::-1]])
 def test_scales_rise_in_lightness_so_that_grey_print_keeps_their_order(scale):
-    grey = Image.fromarray(panels.colours(np.linspace(0, 1, 50), scale)[None]).convert("L")
+    grey = Image.fromarray(visualize.colours(np.linspace(0, 1, 50), scale)[None]).convert("L")
     assert (np.diff(np.asarray(grey)[0].astype(int)) > 0).all()
 
 
@@ -206,6 +205,7 @@ def test_bars_show_the_predicted_class_by_every_score(truth, shown, names, monke
     written, shares = [], []
     monkeypatch.setattr(visualize, "text_panel", lambda text, *_: written.append(text) or Image.new("RGB", (9, 9)))
     monkeypatch.setattr(visualize, "bar", lambda share: shares.append(share) or Image.new("RGB", (9, 9)))
+    monkeypatch.setattr(visualize, "titled", lambda panel, *_: panel)
     visualize.bars(visualize.Look(probabilities, shown, None), ["a", "b", "c"], truth)
     labels = ["abc".index(name[-1]) for name in names]
     assert written == names * 2          # for each score the classes that the first score and the arguments name
@@ -217,15 +217,15 @@ def test_bars_show_the_predicted_class_by_every_score(truth, shown, names, monke
 @pytest.mark.parametrize("low, high, ticks", [(0, 3.8, [0, 1, 2, 3, 4]), (0, 0.05, [0, 0.01, 0.02, 0.03, 0.04, 0.05]),
                                               (-0.3, 0.9, [-0.5, 0, 0.5, 1]), (0, 100, [0, 20, 40, 60, 80, 100])])
 def test_axes_have_round_numbers(low, high, ticks):
-    assert panels.axis(low, high) == pytest.approx(ticks)
+    assert visualize.axis(low, high) == pytest.approx(ticks)
 
 
 def test_an_axis_of_zeros_has_a_length():
-    assert panels.axis(0, 0)[-1] >= 1
+    assert visualize.axis(0, 0)[-1] >= 1
 
 
 def test_a_curve_passes_through_its_points():
-    panel = panels.chart({("A", (200, 0, 0)): [(1, 1.0), (2, 1.0)], ("B", (0, 0, 200)): [(1, 3.0), (2, 4.0)]})
+    panel = visualize.chart({("A", (200, 0, 0)): [(1, 1.0), (2, 1.0)], ("B", (0, 0, 200)): [(1, 3.0), (2, 4.0)]})
     # 0 to 2 epochs lie at x = 62 to 436, values 0 to 4 at y = 220 to 10: epoch 1.5 at 342, 1.0 at 167, 3.5 at 36
     assert panel.getpixel((342, 167)) == (200, 0, 0)
     assert panel.getpixel((342, 36)) == (0, 0, 200)
@@ -236,7 +236,7 @@ def test_every_number_of_every_log_has_a_chart(monkeypatch):
     drawn = []
     monkeypatch.setattr(visualize, "chart", lambda points: drawn.append(points) or Image.new("RGB", (9, 9)))
     visualize.curves({"one": old, "two": new})
-    blue, orange = zip("AB", panels.CURVES)
+    blue, orange = zip("AB", visualize.CURVES)
     assert drawn == [{blue: [(1, 3.0)], orange: [(1, 2.0)]}, {orange: [(1, 0.5)]}, {orange: [(1, 0.1)]}]
 
 
