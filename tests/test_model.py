@@ -340,23 +340,21 @@ class AddTen(torch.nn.Module):
 
 def test_deep_prompts_stand_in_their_places_in_every_block(clip_model):
     for tower in (clip_model.visual.transformer, clip_model.transformer):
-        tower.resblocks = torch.nn.ModuleList(AddTen() for _ in range(3))
-    images, prompts = torch.randn(2, 3, 32, 32), torch.randn(2, 4, 128)           # J = 2 of three blocks, n = 4
+        tower.resblocks = torch.nn.ModuleList(AddTen() for _ in range(4))
+    images, prompts = torch.randn(2, 3, 32, 32), torch.randn(3, 4, 128)           # J = 3 of four blocks, n = 4
     clip_model.encode_image(images, prompts)
-    first, second, third = (block.got for block in clip_model.visual.transformer.resblocks)
     plain = clip_model.visual.embed(images)                                        # CLS and 16 patches
-    for found, tokens, behind in ((first, plain, clip_model.visual.ln_pre(prompts[0])),
-                                  (second, plain + 10, prompts[1]), (third, plain + 20, prompts[1] + 10)):
-        torch.testing.assert_close(found, torch.cat([tokens, behind.expand(2, -1, -1)], 1))
+    behind = clip_model.visual.ln_pre(prompts[0]), prompts[1], prompts[2], prompts[2] + 10
+    for i, (block, own) in enumerate(zip(clip_model.visual.transformer.resblocks, behind)):
+        torch.testing.assert_close(block.got, torch.cat([plain + 10 * i, own.expand(2, -1, -1)], 1))
 
-    embeddings, prompts = torch.randn(5, 9, 128), torch.randn(1, 4, 128)           # J - 1 = 1
+    embeddings, prompts = torch.randn(5, 9, 128), torch.randn(2, 4, 128)           # J - 1 = 2
     clip_model.encode_embeddings(embeddings, torch.full((5,), 8), prompts)
-    first, second, third = (block.got for block in clip_model.transformer.resblocks)
     plain = embeddings + clip_model.positional_embedding[:9]
-    for found, tokens, inside in ((first, plain, plain[:, 1:5]), (second, plain + 10, prompts),
-                                  (third, plain + 20, prompts + 10)):
-        expected = torch.cat([tokens[:, :1], inside.expand(5, -1, -1), tokens[:, 5:]], 1)
-        torch.testing.assert_close(found, expected)
+    inside = plain[:, 1:5], prompts[0], prompts[1], prompts[1] + 10
+    for i, (block, own) in enumerate(zip(clip_model.transformer.resblocks, inside)):
+        tokens = plain + 10 * i
+        torch.testing.assert_close(block.got, torch.cat([tokens[:, :1], own.expand(5, -1, -1), tokens[:, 5:]], 1))
 
 
 def test_deep_prompts_reach_the_features_and_get_gradients(clip_model):
