@@ -32,3 +32,29 @@ def constructor_options(method):
 
 
 OPTIONS = {name: constructor_options(method) for name, method in METHODS.items()}
+
+# What is known about the options of the methods. Their defaults stand in the constructors.
+HELP = {
+    "n_global": "global prompts, shared by all classes",
+    "n_local": "local prompts, per class in sotglp, shared by all classes in the other methods",
+    "n_support": "K, patches kept per class; the paper finds 5-20 about equal, 1 and 100 worse",
+    "epsilon": "entropy weight of the transport (Eq. 9); smaller is sharper and needs more --n-iters",
+    "n_iters": "Sinkhorn iterations; log.jsonl has the row error they leave",
+    "lambda_local": "weight of the local branch in loss and fusion",
+    "prompt_dropout": "share of the global prompts that each training image drops; with 0 they stay alike",
+    "no_local_projection": "keep the identity; in the paper -0.9 accuracy, better OOD",
+    "no_vv": "ordinary patch tokens in place of the V-V stream (Table 2)",
+    "shared_local": "one set of local prompts for all classes (Table 2)",
+    "no_plan_gradient": "hold the transport plan constant, as the released code",
+    "local_mean": "mean over the local prompts in place of Eq. 10's sum, as the released code",
+    "vv_alias": "add the first block's Q-K attention to the V-V stream, as the released code",
+    "keep_underscores": "leave them in class names, as the released code; they become spaces otherwise",
+    "n_context": "learned vectors in front of a class name",
+    "words": "words to start from, such as 'a photo of a'; they replace --n-context",
+    "class_specific": "a context of its own for each class",
+    "top_k": "patches that each local prompt keeps (gallop); the own label among the k likeliest is foreground (locoop)",
+    "lambda_entropy": "weight of the entropy of background patches",
+    "lambda_transport": "weight of the transport to the frozen CLIP; 0 is IVLP",
+    "modality": "what the transport compares: joint, image or text",
+    "plan": "exact: permutations of up to 8 images; sinkhorn: entropic, for batches of any size",
+    "depth": "blocks with prompts, from the first; a tower with fewer blocks has them in all"}

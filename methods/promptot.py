@@ -151,4 +151,4 @@ class PromptOT(Method):
 
     def cosines(self, images, texts):
         """Raw cosines of images with each class, (B, C); no patches."""
-        return unit(self.clip.encode_image(images, self.image_prompts)) @ texts.T, None
+        return coop.logits(unit(self.clip.encode_image(images, self.image_prompts)), texts, 1.0), None

@@ -50,7 +50,8 @@ def test_row_names_a_function_that_carries_its_number_and_a_test(label, where, t
     assert callable(resolve(test))
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "data.py", "ood.py"])
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "data.py", "ood.py", "visualize.py", "critters.py",
+                                    "compare.py"])
 def test_readme_uses_options_that_exist(script, monkeypatch, capsys):
     readme = (PROJECT / "README.md").read_text()
     commands = re.findall(rf"^.*?\b{re.escape(script)}\b(.*)$", readme, re.MULTILINE)
