@@ -382,6 +382,15 @@ def test_table_puts_runs_beside_the_papers_numbers_and_leaves_blank_what_did_not
     assert [*paper.values()] == ["dtd", "8", "GalLoP", "72.4", "", ""]
 
 
+def test_runs_on_base_classes_have_a_column_of_their_own(tmp_path, capsys):
+    result(tmp_path / "a", accuracy=90.0, method="coop")
+    result(tmp_path / "b", accuracy=70.0, method="coop", classes="base")
+    table_1, _, printed = table(tmp_path, capsys)
+    assert table_1["eurosat"][-2:] == ["90.00", "70.00"] and "left out: " not in printed
+    head, = (line for line in printed.splitlines() if line.startswith("Table 1, 16 shots"))
+    assert head.split()[-5:] == ["our", "coop", "our", "coop", "base"]
+
+
 def test_options_of_mere_practice_do_not_part_runs(tmp_path, capsys):
     result(tmp_path / "a", accuracy=90.0, workers=0, amp="off", device="cpu", data_root="x", text_chunk=200)
     result(tmp_path / "b", accuracy=94.0, seed=2, split_seed=2, workers=8, amp="fp16", device="cuda", data_root="y",

@@ -276,6 +276,19 @@ def test_a_run_is_tested_on_another_data_set(base_run, pictures, tmp_path, capsy
         ["a red clay", "3"], ["a sea", "2"], ["a wood", "2"]]
 
 
+def test_a_run_is_tested_on_a_variant_of_imagenet(base_run, pictures, tmp_path, capsys):
+    run, home = copy(base_run, tmp_path / "run"), tmp_path / "root/imagenet-adversarial/imagenet-a"
+    home.mkdir(parents=True)
+    for wnid, name in (("n3", "sea"), ("n1", "wood")):
+        (home / wnid).symlink_to(pictures / "test" / name)
+    (tmp_path / "root/imagenet").mkdir()
+    (tmp_path / "root/imagenet/classnames.txt").write_text("n1 forest floor\nn2 red clay\nn3 the sea\n")
+    evaluate.main(evaluate.parse_args([str(run), "--on", "imagenet_a", "--data-root", str(tmp_path / "root")]))
+    assert "on 4 test images" in capsys.readouterr().out
+    assert [line.split(",")[:3] for line in (run / "evaluation-imagenet_a.csv").read_text().splitlines()[1:]] == [
+        ["0", "forest floor", "2"], ["1", "the sea", "2"]]
+
+
 @pytest.mark.parametrize("ask", [("--on", "folder"), ("--classes", "new")])
 def test_prompts_of_each_class_name_no_other_classes(ask, trained, tmp_path, capsys):
     run = copy(trained, tmp_path / "run")

@@ -39,6 +39,7 @@ def test_defaults_are_the_papers():
 @pytest.mark.parametrize("arguments, field, value", [
     ((), "output_dir", "runs/critters-16shot-seed1"),
     (("--dataset", "dtd", "--shots", "2", "--seed", "3"), "output_dir", "runs/dtd-2shot-seed3"),
+    (("--method", "coop", "--classes", "base"), "output_dir", "runs/coop-critters-base-16shot-seed1"),
     (("--epochs", "20"), "warmup_epochs", 2),               # a tenth of the epochs
     (("--epochs", "80"), "warmup_epochs", 5),
     (("--device", "cpu"), "amp", "off"), (("--device", "cpu"), "workers", 0),
