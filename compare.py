@@ -88,6 +88,7 @@ class Job(NamedTuple):
 
 # ---- the runs ------------------------------------------------------------------------------------------------
 
+
 def make_jobs(args):
     """All runs that the table needs."""
     device = ["--device", args.device]
@@ -192,6 +193,7 @@ def run_all(jobs, at_once, threads):
 
 # ---- the table -----------------------------------------------------------------------------------------------
 
+
 def measure(jobs):
     """What finished runs of one row show: {column: [a value per seed]}."""
     values = {}
@@ -267,6 +269,7 @@ def print_base_to_new(args, table):
 
 
 # ---- the ablations -------------------------------------------------------------------------------------------
+
 
 def score_weights(run, device):
     """Writes a run's accuracies in percent by its own scores and by each of WEIGHTS, in one pass over each part.
@@ -348,6 +351,7 @@ def print_ablation_table(heading, rows):
 
 
 # ---- the script ----------------------------------------------------------------------------------------------
+
 
 def parse_args(argv=None):
     """The options; what is not among them goes to train.py and is checked there."""

@@ -46,6 +46,7 @@ EVAL_BATCH = 32      # why no more: the activations of a larger batch leave a pr
 
 # ---- accuracy ------------------------------------------------------------------------------------------------
 
+
 class Counts(NamedTuple):
     """How many test images each score gets right, and how many there are, for each true class."""
     right: dict           # {score: (C,) int64}; the first score decides, the last one is "zero_shot"
@@ -151,6 +152,7 @@ def accuracies_line(result):
 
 # ---- from scores to probabilities ----------------------------------------------------------------------------
 
+
 def likeliest(scores, top=5):
     """Scores of a batch, {name: (B, C)}, the first of which decides -> for each image a pair.  Sec. 3.5
 
@@ -177,6 +179,7 @@ def calibration_error(said, labels, bins=15):
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------
+
 
 def load_run(run, device="cpu"):
     """A run's folder -> its model with the learned prompts, in evaluation mode.
@@ -231,7 +234,8 @@ def evaluate_run(run, checkpoint, device, data_root=None, workers=0, split="test
     return result
 
 
-# ---- predictions for any pictures ------------------------------------------------------------------------------------------
+# ---- predictions for any pictures ----------------------------------------------------------------------------
+
 
 def find(arguments):
     """Files and folders -> the files, with all pictures below the folders; then one line on each thing left out."""
@@ -350,6 +354,7 @@ def name_files(model, arguments, csv_file=None, batch_size=100, workers=0):
         raise ValueError(f"{len(faults)} of {len(paths)} pictures could not be read")
     if not paths:
         raise ValueError("there is no picture to name")
+
 
 def csv_row(path, said, class_names, label=None):
     """A picture's line of the CSV file, {column: value}; with a label also what it shows."""
@@ -495,6 +500,7 @@ def mean_and_spread(values, digits=2):
 
 
 # ---- the script ----------------------------------------------------------------------------------------------
+
 
 def read_alike(folders):
     """The checkpoints of runs that differ in their seeds alone. Raises ValueError for others."""

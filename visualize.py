@@ -42,7 +42,8 @@ SHADE = np.array([(255, 255, 255), (150, 172, 214), (24, 34, 92)])              
 CURVES = ((24, 34, 92), (214, 90, 20), (20, 130, 90), (160, 40, 130), (120, 120, 120), (180, 140, 0))
 
 
-# ---- panels: images with text, colour scales, bars, charts ----------------------------------------------------
+# ---- panels: images with text, colour scales, bars, charts ---------------------------------------------------
+
 
 @functools.cache
 def font(size):
@@ -163,7 +164,8 @@ def axis(low, high):
     return [i * step for i in range(math.floor(low / step), math.ceil((low + spread) / step) + 1)]
 
 
-# ---- patches on pixels ----------------------------------------------------------------------------------------
+# ---- patches on pixels ---------------------------------------------------------------------------------------
+
 
 def picture_of(image):
     """What the model gets, as a picture again: (3, R, R) after CLIP's transform -> R x R RGB."""
@@ -198,7 +200,7 @@ def heat_map(picture, values, bounds, side, framed=()):
     return panel
 
 
-# ---- what the model makes of a picture ------------------------------------------------------------------------
+# ---- what the model makes of a picture -----------------------------------------------------------------------
 
 TRANSPORT = [METHODS[name] for name in ("sotglp", "dense", "plot")]    # the methods whose score has a plan
 
@@ -246,7 +248,8 @@ def best_patches(similarity, n_support):
     return kept[order], patches[order]
 
 
-# ---- Figure 2 -------------------------------------------------------------------------------------------------
+# ---- Figure 2 ------------------------------------------------------------------------------------------------
+
 
 def figure_2(model, texts, image, name, truth=None, label=None):
     """All panels of one picture (3, R, R). truth: its label, where known; label: whose prompts are shown.  Figure 2"""
@@ -316,7 +319,7 @@ def bars(seen, class_names, truth):
     return stack(panels, 3)
 
 
-# ---- the streams, a training batch, curves --------------------------------------------------------------------
+# ---- the streams, a training batch, curves -------------------------------------------------------------------
 
 STREAMS = {"vv": "V-V patch tokens (Eq. 2)", "vv_alias": "V-V patch tokens of the released code",
            "qk": "ordinary patch tokens (Table 2, w/o V-V)",
@@ -368,7 +371,8 @@ def curves(logs):
     return sheet("training curves", [stack(names, gap=0), stack(charts, 3)])
 
 
-# ---- the script -----------------------------------------------------------------------------------------------
+# ---- the script ----------------------------------------------------------------------------------------------
+
 
 def read_curves(run):
     """The lines of a run's log.jsonl. Raises ValueError, with the file's name, where it holds anything else."""
