@@ -248,10 +248,11 @@ def print_table(args, table):
         for row, values in rows.items():
             cells = [evaluate.mean_and_spread(values.get(column, []))
                      for column in ("accuracy", "mcm", "l_mcm", "gl_mcm", "s/epoch")]
-            cells += [f"{values['parameters'][0]:,}" if values else "", *([paper.get(ROWS[row][2], "")] if paper else [])]
+            cells.append(f"{values['parameters'][0]:,}" if values else "")
+            cells += [paper.get(ROWS[row][2], "")] if paper else []
             print(f"{args.rows[row][0]:26s}" + "".join(f"{cell:>16}" for cell in cells))
-    print("\nA method's epochs, rate and batch are its own (train.py --method NAME --help). An OOD cell is empty where a "
-          "method has no such score.")
+    print("\nA method's epochs, rate and batch are its own (train.py --method NAME --help). An OOD cell is empty where "
+          "a method has no such score.")
 
 
 def print_base_to_new(args, table):
@@ -340,7 +341,8 @@ def print_ablation_table(heading, rows):
     """The rows, each beside the row "full", which has the same seeds."""
     full = rows["full"]
     print(f"\n{heading}")
-    print(f"{'':32s}" + "".join(f"{head:>16s}{'difference':>18s}" for head in ABLATION_COLUMNS.values()) + f"{'paper':>12s}")
+    heads = "".join(f"{head:>16s}{'difference':>18s}" for head in ABLATION_COLUMNS.values())
+    print(f"{'':32s}{heads}{'paper':>12s}")
     for name, values in rows.items():
         cells = ""
         for column in ABLATION_COLUMNS:
@@ -364,7 +366,7 @@ def parse_args(argv=None):
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="runs of each method; the shots stay the same (1 2 3)")
     add("--ablations", action="store_true", help="compare SOT-GLP with variants of itself")
     add("--weights", type=Path, metavar="RUN",
-        help="score this run with several weights of the local branch, into RUN/weights.json; --ablations does it for all")
+        help="score this run with several weights of the local branch, into RUN/weights.json; --ablations does so for all")
     add("--methods", nargs="+", metavar="ROW",
         help=f"rows (all): {', '.join(ROWS)}; with --ablations {', '.join(ABLATIONS)}; with --classes base "
              + ", ".join(BASE_ROWS))

@@ -97,8 +97,8 @@ DATASETS = {
 
 
 PARTS = ("train", "val", "test")
-HELD_OUT = 0.5                     # of one's own pictures: the share of each class that is kept for the test where there
-NAMES = "classnames.txt"           # is no folder for it, and the file with class names
+HELD_OUT = 0.5                     # of one's own pictures, the share that is kept for the test, if no folder is for it
+NAMES = "classnames.txt"           # of one's own pictures, the file with class names
 VARIANTS = [name for name, row in DATASETS.items() if row.sizes and not row.sizes[0]]
 
 
@@ -505,8 +505,8 @@ class Pictures(Dataset):
 class Batches(Sampler):
     """This rank's share of each batch of some epochs, one after the other, as lists of `(epoch, i)`.
 
-    The order of the images depends only on (seed, epoch). All ranks get the same number of batches; in the last, smaller
-    one of an epoch the share of a rank may be empty.
+    The order of the images depends only on (seed, epoch). All ranks get the same number of batches; in the last,
+    smaller one of an epoch the share of a rank may be empty.
     why all epochs in one: workers read on from epoch to epoch, while the model still learns from what they have read.
     """
 

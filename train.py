@@ -85,8 +85,8 @@ def make_parser(method):
     add("--method", choices=METHODS, default=method, help="what is trained; it decides the defaults (%(default)s)")
     if method == "sotglp":
         add("--recipe", choices=("paper", "released"), default="paper",
-            help="defaults of the paper, or of the authors' script for the dataset (methods/released.py); a switch that "
-                 "it sets has an opposite, such as --no-vv-alias, --plan-gradient (%(default)s)")
+            help="defaults of the paper, or of the authors' script for the dataset (methods/released.py); a switch "
+                 "that it sets has an opposite, such as --no-vv-alias, --plan-gradient (%(default)s)")
     add("--dataset", choices=sorted(data.DATASETS), default="critters", help="critters needs no files (%(default)s)")
     add("--data-root", help="folder that holds the datasets' folders; for `folder` that of your own pictures, with "
         "train/ and test/ or with class folders ($DATA_ROOT, else ./data)")

@@ -52,7 +52,7 @@ HELP = {
     "n_context": "learned vectors in front of a class name",
     "words": "words to start from, such as 'a photo of a'; they replace --n-context",
     "class_specific": "a context of its own for each class",
-    "top_k": "patches that each local prompt keeps (gallop); the own label among the k likeliest is foreground (locoop)",
+    "top_k": "patches that each local prompt keeps (gallop); classes among which the own label is foreground (locoop)",
     "lambda_entropy": "weight of the entropy of background patches",
     "lambda_transport": "weight of the transport to the frozen CLIP; 0 is IVLP",
     "modality": "what the transport compares: joint, image or text",

@@ -6,7 +6,7 @@ the prediction is a softmax over these cosines, and the loss its cross-entropy.
 Against SOT-GLP: one prompt per class instead of G + L; no patches, so no transport and no local score; no map on
 features. It is the global branch of SOT-GLP with G = 1, no dropout and another start.
 
-Letters: those of sotglp.py.  B images   C classes   M vectors of the context   D joint width   W width of the text tower
+Letters: those of sotglp.py.  B images   C classes   M vectors of the context   D joint width   W text tower width
 """
 
 import torch

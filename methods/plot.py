@@ -1,4 +1,4 @@
-"""PLOT, "Prompt Learning with Optimal Transport for Vision-Language Models" (Chen et al., arXiv 2210.01253), in one file.
+"""PLOT, "Prompt Learning with Optimal Transport for Vision-Language Models" (Chen et al., arXiv 2210.01253).
 
 All patches of an image are matched with L prompts, shared by the classes, by balanced optimal transport. The
 transport-weighted similarity is the only score.

@@ -170,7 +170,7 @@ def test_every_picture_that_cannot_be_read_is_named(tmp_path):
     first, *names = str(error.value).splitlines()
     assert first.startswith("2 of 4 pictures cannot be read")
     assert [name.split(": ")[0] for name in names] == [f"cannot read picture {tmp_path}/a/{i}.png" for i in (1, 2)]
-    data.check_pictures(items, rank=0, world=4)                           # the first process of four reads the first one alone
+    data.check_pictures(items, rank=0, world=4)                    # the first process of four reads the first one alone
 
 
 def test_a_warning_names_its_picture_once(tmp_path, monkeypatch, capsys):

@@ -32,8 +32,8 @@ def unit_vectors(*shape):
 # ---- CoOp ----------------------------------------------------------------------------------------------------
 
 def test_coop_by_hand():
-    # image (.6, .8) against (1, 0) and (0, 1): cosines .6 and .8; scale 5 ln 3: the difference is .2 * 5 ln 3 = ln 3, so
-    # p = (1/4, 3/4) and the loss of label 1 is ln(4/3)
+    # image (.6, .8) against (1, 0) and (0, 1): cosines .6 and .8; scale 5 ln 3: the difference is .2 * 5 ln 3 = ln 3,
+    # so p = (1/4, 3/4) and the loss of label 1 is ln(4/3)
     logits = coop.logits(torch.tensor([[0.6, 0.8]]), torch.eye(2), 5 * LN3)
     torch.testing.assert_close(logits, torch.tensor([[3 * LN3, 4 * LN3]]))
     assert coop.objective(logits, torch.tensor([1])).item() == pytest.approx(math.log(4 / 3))

@@ -163,7 +163,8 @@ def global_text(C):
 
 def step(C, B):
     """Multiplications of a training step of B images: forward, backward."""
-    return [sum(n[i] * (1 if part in ("local text", "global text", "fold") else B) for part, n in cost(C).items()) for i in (0, 1)]
+    once = "local text", "global text", "fold"            # per step; the others per image
+    return [sum(n[i] * (1 if part in once else B) for part, n in cost(C).items()) for i in (0, 1)]
 
 
 def test_costs_are_what_torch_counts_on_the_real_sizes(monkeypatch):

@@ -308,8 +308,8 @@ def test_a_method_without_diagnostics_trains(options, tmp_path, monkeypatch):
 def test_training_says_what_it_uses_and_how_it_goes(options, clip_file, tmp_path, capsys):
     train(*options, "--output-dir", tmp_path / "run")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == (f"sotglp, model {clip_file}, data folder: 3 classes, 9 training and 7 test images; 1 process on cpu, "
-                        f"1 thread, precision float32, writing to {tmp_path}/run")
+    assert lines[0] == (f"sotglp, model {clip_file}, data folder: 3 classes, 9 training and 7 test images; 1 process on "
+                        f"cpu, 1 thread, precision float32, writing to {tmp_path}/run")
     assert "lr=0.5" in lines[1] and "n_support=5" in lines[1]
     result, log, _ = read(tmp_path / "run")
     epochs = [line for line in lines if line.startswith("epoch")]
