@@ -366,7 +366,7 @@ def parse_args(argv=None):
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="runs of each method; the shots stay the same (1 2 3)")
     add("--ablations", action="store_true", help="compare SOT-GLP with variants of itself")
     add("--weights", type=Path, metavar="RUN",
-        help="score this run with several weights of the local branch, into RUN/weights.json; --ablations does so for all")
+        help="score this run with several weights of the local branch, into RUN/weights.json, as --ablations does")
     add("--methods", nargs="+", metavar="ROW",
         help=f"rows (all): {', '.join(ROWS)}; with --ablations {', '.join(ABLATIONS)}; with --classes base "
              + ", ".join(BASE_ROWS))
