@@ -128,6 +128,25 @@ def test_cells_of_table_4_that_belong_elsewhere():
     assert CELLS["Table 4, CoOp on Food101"] == ["five cells", "those of UCF101"]
 
 
+def test_cells_in_which_tables_1_and_4_differ():
+    table_1, printed = split(1)[0], table_4()
+    differ = {method: [(name, line["16"], table_1[name][method]) for name, line in printed[method][0].items()
+                       if line["16"] != table_1[name][method]] for method in ("PromptSRC", "GalLoP", "MaPLe", "SOT-GLP")}
+    assert not differ["MaPLe"] and not differ["SOT-GLP"]
+    for method, row in (("PromptSRC", "on ImageNet, Cars, Food101, Aircraft"), ("GalLoP", "on Food101")):
+        fourth, first = (", ".join(str(cell[i]) for cell in differ[method]) for i in (1, 2))
+        assert CELLS[f"Table 4, {method} at 16 shots {row}"] == [fourth, f"{first} in Table 1"]
+
+
+def test_gains_of_vv_that_are_larger_than_on_dtd():
+    gains = {name: round(line["SOT-GLP"] - line["w/o V-V"], 1) for name, line in split(2)[0].items()}
+    claimed = {"dtd", "sun397", "eurosat"}                # Sec. 5: "the largest gains"
+    larger = {name: gain for name, gain in gains.items() if gain > gains["dtd"] and name not in claimed}
+    assert larger == {"oxford_pets": 0.9, "caltech101": 0.5, "ucf101": 0.3} and gains["dtd"] == 0.2
+    assert CELLS["Sec. 5, DTD among the largest gains of V-V (Table 2)"] == [
+        "+0.2", "Pets +0.9, Caltech101 +0.5, UCF101 +0.3 gain more"]
+
+
 # ---- costs ---------------------------------------------------------------------------------------------------
 
 W, l, P, D, W_text, G, L, p, S = 768, 12, 196, 512, 512, 4, 4, 16, 9        # ViT-B/16, names of 3 tokens
