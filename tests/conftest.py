@@ -52,7 +52,8 @@ def random_clip(seed=0, resolution=32, patch=8, layers=2):
 @functools.cache
 def drawn_clip(seed, resolution, patch, layers):
     generator = torch.Generator().manual_seed(seed)
-    model = CLIP(32, resolution, patch, 128, layers, 77, 49408, 128, layers)
+    with torch.random.fork_rng():        # why: the layers' own start must not move the draws of a test
+        model = CLIP(32, resolution, patch, 128, layers, 77, 49408, 128, layers)
     for name, p in model.named_parameters():
         around = 1.0 if "ln_" in name and name.endswith("weight") else 0.0
         p.data = around + 0.1 * torch.randn(p.shape, generator=generator)
