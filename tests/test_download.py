@@ -3,7 +3,6 @@
 import hashlib
 import http.server
 import os
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -14,7 +13,6 @@ from PIL import Image
 
 import data
 import download
-from conftest import PROJECT
 
 CONTENT = b'{"train": [], "val": [], "test": []}'
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -387,12 +385,12 @@ def test_critters_check_themselves_and_need_no_download(monkeypatch, capsys):
     assert run(monkeypatch, capsys, "--dataset", "critters", "--download")[0] == "error: critters needs no download"
 
 
-def test_the_command_checks_a_folder(tmp_path):
+def test_the_command_checks_a_folder(tmp_path, monkeypatch, capsys):
     folder_tree(tmp_path / "mine")
-    command = [sys.executable, PROJECT / "data.py", "--dataset", "folder", "--data-root", "mine", "--check"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == (f"folder in {tmp_path}/mine: 2 classes\ntrain: 4 images, 2 to 2 per class\nval: 0 images\n"
+    monkeypatch.chdir(tmp_path)
+    status, out = run(monkeypatch, capsys, "--dataset", "folder", "--data-root", "mine", "--check")
+    assert status == 0
+    assert out == (f"folder in {tmp_path}/mine: 2 classes\ntrain: 4 images, 2 to 2 per class\nval: 0 images\n"
                            "test: 4 images, 2 to 2 per class\nall as expected\n")
 
 
