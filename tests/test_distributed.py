@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from conftest import TORCHRUN, random_clip, read, run, train
-from methods import METHODS, locoop
+from methods import locoop
 from sotglp import SOTGLP, objective
-from two_ranks import (CACHED, CASES, NAMES, batch, gradients, make_method, make_model, step_of_a_method,
+from two_ranks import (CACHED, CASES, NAMES, TRAINED, batch, gradients, make_method, make_model, step_of_a_method,
                        transport_of_three)
 
 WEIGHTS = b"weights"
@@ -63,7 +63,7 @@ def test_shared_text_work_changes_neither_values_nor_gradients(case, pair):
 
 
 @pytest.mark.parametrize("n_images", [3, 1])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_two_processes_give_a_methods_loss_and_gradients(name, n_images, pair):
     # three images: two and one; one image: the second process has none
     expected, loss = step_of_a_method(name, n_images, 0, 1)
