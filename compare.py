@@ -88,7 +88,6 @@ class Job(NamedTuple):
 
 # ---- the runs ------------------------------------------------------------------------------------------------
 
-
 def make_jobs(args):
     """All runs that the table needs."""
     device = ["--device", args.device]
@@ -193,7 +192,6 @@ def run_all(jobs, at_once, threads):
 
 # ---- the table -----------------------------------------------------------------------------------------------
 
-
 def measure(jobs):
     """What finished runs of one row show: {column: [a value per seed]}."""
     values = {}
@@ -271,7 +269,6 @@ def print_base_to_new(args, table):
 
 # ---- the ablations -------------------------------------------------------------------------------------------
 
-
 def score_weights(run, device):
     """Writes a run's accuracies in percent by its own scores and by each of WEIGHTS, in one pass over each part.
 
@@ -279,8 +276,7 @@ def score_weights(run, device):
     """
     checkpoint, model = runs.open_run(run, device)
     config, own = checkpoint["config"], model.scores
-    _, *parts, _ = data.load(config["dataset"], config["data_root"], config["shots"], config["split_seed"],
-                             config["sampler"], config["held_out"], config["classes"])
+    _, *parts, _ = evaluate.load_pictures(config)
     model.scores = lambda outputs: {**own(outputs), **{str(weight): fuse(*outputs, weight) for weight in WEIGHTS}}
     found = {"val": {}, "test": {}}
     for part, items in zip(found, parts):
@@ -353,7 +349,6 @@ def print_ablation_table(heading, rows):
 
 
 # ---- the script ----------------------------------------------------------------------------------------------
-
 
 def parse_args(argv=None):
     """The options; what is not among them goes to train.py and is checked there."""

@@ -34,7 +34,6 @@ import download
 
 # ---- the datasets --------------------------------------------------------------------------------------------
 
-
 class Row(NamedTuple):
     """What is known of a dataset before its files are read."""
     template: str              # the hand-written prompt of zero-shot CLIP, as CoOp has it
@@ -126,7 +125,6 @@ def template(name, given=None):
 
 
 # ---- from a name to lists of items ---------------------------------------------------------------------------
-
 
 def load(name, root, shots, seed, sampler="exact", held_out=None, classes="all"):
     """The pictures to train on, to validate with and to test on -> train, val, test, class names.
@@ -242,7 +240,6 @@ def split_matches_published(name, root):
 
 # ---- drawing few shots ---------------------------------------------------------------------------------------
 
-
 def few_shot(items, shots, seed):
     """Exactly `shots` items per class: CoOp's draw, in CoOp's order of drawing.
 
@@ -284,7 +281,6 @@ def _by_label(items):
 
 
 # ---- one's own pictures, and ImageNet: a folder for each class -----------------------------------------------
-
 
 def layout(root):
     """Where the parts of one's own pictures are: {"train": folder, "val": ..., "test": ...}, or {"train": root}."""
@@ -403,7 +399,6 @@ def check_pictures(items, rank=0, world=1):
 
 # ---- how pictures are read -----------------------------------------------------------------------------------
 
-
 def read_image(path, own=False):
     """The picture at `path`, or the one that critters draws for it -> PIL image.
 
@@ -460,7 +455,6 @@ warnings.filterwarnings("always", module=r"PIL\.")       # why always: Python dr
 
 
 # ---- from pictures to tensors --------------------------------------------------------------------------------
-
 
 def train_transform(preprocess):
     """CLIP's test transform -> the one for training: random crop and flip in place of resize and centre crop."""
@@ -546,7 +540,6 @@ def test_loader(pictures, batch_size, workers=0, device="cpu", rank=0, world=1):
 
 
 # ---- the script ----------------------------------------------------------------------------------------------
-
 
 def parse_args(argv=None):
     """The options."""

@@ -52,7 +52,6 @@ SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", "
 
 # ---- which files ---------------------------------------------------------------------------------------------
 
-
 def walk(top):
     """All files below a folder, in a fixed order -> paths of pictures, paths of other files.
 
@@ -102,7 +101,6 @@ def kinds(paths):
 
 
 # ---- where ---------------------------------------------------------------------------------------------------
-
 
 def absolute(root):
     """The root as an absolute path, ~ resolved."""
@@ -157,7 +155,6 @@ def digest(content, like):
 
 # ---- getting -------------------------------------------------------------------------------------------------
 
-
 def fetch(addresses, path, expected):
     """Writes to `path` the content of the first address that has the digest `expected`.
 
@@ -211,7 +208,6 @@ def download(name, row, root):
 
 
 # ---- checking ------------------------------------------------------------------------------------------------
-
 
 def check(name, row, root, lists, class_names, read_image):
     """Reads every picture that the lists name and prints what it finds -> whether all is as expected."""

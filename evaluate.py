@@ -46,7 +46,6 @@ EVAL_BATCH = 32      # why no more: the activations of a larger batch leave a pr
 
 # ---- accuracy ------------------------------------------------------------------------------------------------
 
-
 class Counts(NamedTuple):
     """How many test images each score gets right, and how many there are, for each true class."""
     right: dict           # {score: (C,) int64}; the first score decides, the last one is "zero_shot"
@@ -152,7 +151,6 @@ def accuracies_line(result):
 
 # ---- from scores to probabilities ----------------------------------------------------------------------------
 
-
 def likeliest(scores, top=5):
     """Scores of a batch, {name: (B, C)}, the first of which decides -> for each image a pair.  Sec. 3.5
 
@@ -180,7 +178,6 @@ def calibration_error(said, labels, bins=15):
 
 # ---- runs ----------------------------------------------------------------------------------------------------
 
-
 def load_run(run, device="cpu"):
     """A run's folder -> its model with the learned prompts, in evaluation mode.
 
@@ -189,15 +186,19 @@ def load_run(run, device="cpu"):
     return runs.open_run(run, device)[1]
 
 
+def load_pictures(config, data_root=None, classes=None):
+    """What `data.load` gives for a run's configuration. data_root, classes: in place of the run's own."""
+    return data.load(config["dataset"], data_root or config["data_root"], config["shots"], config["split_seed"],
+                     config["sampler"], config["held_out"], classes or config["classes"])
+
+
 def other_pictures(run, config, data_root=None, on=None):
     """The test pictures of another dataset, or of the classes that a run with --classes base lacks -> items, names."""
-    root = data_root or config["data_root"]
-    if on:
-        return data.load(on, root, 0, config["split_seed"])[2:]    # why 0 shots: no training images are needed
+    if on:                                                 # why 0 shots: no training images are needed
+        return data.load(on, data_root or config["data_root"], 0, config["split_seed"])[2:]
     if config["classes"] != "base":
         raise ValueError(f"{run} was trained on all classes: --classes new is for runs of train.py --classes base")
-    return data.load(config["dataset"], root, config["shots"], config["split_seed"], config["sampler"],
-                     config["held_out"], "new")[2:]
+    return load_pictures(config, data_root, "new")[2:]
 
 
 def evaluate_run(run, checkpoint, device, data_root=None, workers=0, split="test", csv_file=None, on=None,
@@ -236,7 +237,6 @@ def evaluate_run(run, checkpoint, device, data_root=None, workers=0, split="test
 
 # ---- predictions for any pictures ----------------------------------------------------------------------------
 
-
 def find(arguments):
     """Files and folders -> the files, with all pictures below the folders; then one line on each thing left out."""
     paths, notes = [], []
@@ -261,8 +261,7 @@ def unseen_pictures(run, checkpoint, data_root=None, split="test"):
     """
     config = checkpoint["config"]
     root, trained = data_root or config["data_root"], {*checkpoint["training"]}
-    _, val, test, class_names = data.load(config["dataset"], root, config["shots"], config["split_seed"],
-                                          config["sampler"], config["held_out"], config["classes"])
+    _, val, test, class_names = load_pictures(config, data_root)
     runs.check_classes(run, checkpoint["class_names"], class_names)
     items = choose(split, val, test)
     if config["dataset"] == "folder" and not trained:
@@ -500,7 +499,6 @@ def mean_and_spread(values, digits=2):
 
 
 # ---- the script ----------------------------------------------------------------------------------------------
-
 
 def read_alike(folders):
     """The checkpoints of runs that differ in their seeds alone. Raises ValueError for others."""

@@ -44,7 +44,6 @@ CURVES = ((24, 34, 92), (214, 90, 20), (20, 130, 90), (160, 40, 130), (120, 120,
 
 # ---- panels: images with text, colour scales, bars, charts ---------------------------------------------------
 
-
 @functools.cache
 def font(size):
     return ImageFont.load_default(size)
@@ -166,7 +165,6 @@ def axis(low, high):
 
 # ---- patches on pixels ---------------------------------------------------------------------------------------
 
-
 def picture_of(image):
     """What the model gets, as a picture again: (3, R, R) after CLIP's transform -> R x R RGB."""
     pixels = image.cpu() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
@@ -249,7 +247,6 @@ def best_patches(similarity, n_support):
 
 
 # ---- Figure 2 ------------------------------------------------------------------------------------------------
-
 
 def figure_2(model, texts, image, name, truth=None, label=None):
     """All panels of one picture (3, R, R). truth: its label, where known; label: whose prompts are shown.  Figure 2"""
@@ -373,7 +370,6 @@ def curves(logs):
 
 # ---- the script ----------------------------------------------------------------------------------------------
 
-
 def read_curves(run):
     """The lines of a run's log.jsonl. Raises ValueError, with the file's name, where it holds anything else."""
     try:
@@ -392,8 +388,7 @@ def run_items(run, checkpoint, data_root, split):
     if split != "train":
         return evaluate.unseen_pictures(run, checkpoint, data_root, split)[0]
     config = checkpoint["config"]
-    items, *_, class_names = data.load(config["dataset"], data_root or config["data_root"], config["shots"],
-                                       config["split_seed"], config["sampler"], config["held_out"], config["classes"])
+    items, *_, class_names = evaluate.load_pictures(config, data_root)
     runs.check_classes(run, checkpoint["class_names"], class_names)
     return items
 
