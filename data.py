@@ -161,6 +161,9 @@ def load(name, root, shots, seed, sampler="exact", held_out=None, classes="all")
 def choose_classes(lists, class_names, classes):
     """Keeps the items of "all" classes, of "base", the first ceil(C / 2), or of "new", the others, numbered from 0."""
     half = -(-len(class_names) // 2)
+    if classes != "all" and half < 2:
+        raise ValueError(f"{len(class_names)} classes have too few base classes to train on: base and new classes "
+                         "need three or more")
     first, end = {"all": (0, len(class_names)), "base": (0, half), "new": (half, len(class_names))}[classes]
     return {part: [(path, label - first, class_name) for path, label, class_name in items if first <= label < end]
             for part, items in lists.items()}, class_names[first:end]
@@ -345,7 +348,10 @@ def variant_lists(row, home, images):
         return [], [], class_items(images, names, key=int)
     if row.classes < 1000:                               # a variant of some of the classes
         names = {wnid: name for wnid, name in names.items() if wnid in found}
-    return [], [], class_items(images, names)
+    items = class_items(images, names)
+    if row.classes < 1000 and len(found) != row.classes:
+        raise ValueError(f"{len(found)} class folders in {images}, {row.classes} expected: is the download whole?")
+    return [], [], items
 
 
 def class_items(folder, names, key=None):

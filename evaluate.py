@@ -192,15 +192,6 @@ def load_pictures(config, data_root=None, classes=None):
                      config["sampler"], config["held_out"], classes or config["classes"])
 
 
-def other_pictures(run, config, data_root=None, on=None):
-    """The test pictures of another dataset, or of the classes that a run with --classes base lacks -> items, names."""
-    if on:                                                 # why 0 shots: no training images are needed
-        return data.load(on, data_root or config["data_root"], 0, config["split_seed"])[2:]
-    if config["classes"] != "base":
-        raise ValueError(f"{run} was trained on all classes: --classes new is for runs of train.py --classes base")
-    return load_pictures(config, data_root, "new")[2:]
-
-
 def evaluate_run(run, checkpoint, device, data_root=None, workers=0, split="test", csv_file=None, on=None,
                  classes=None, amp=None):
     """Scores a run on its own test or validation split -> the fields that evaluation.json gets.
@@ -210,8 +201,7 @@ def evaluate_run(run, checkpoint, device, data_root=None, workers=0, split="test
     """
     start = time.time()
     config = checkpoint["config"]
-    items, class_names = (other_pictures(run, config, data_root, on) if on or classes else
-                          unseen_pictures(run, checkpoint, data_root, split))
+    items, class_names = unseen_pictures(run, checkpoint, data_root, split, on, classes)
     model = runs.build(run, checkpoint, device, class_names)
     amp, asked = amp or runs.usable_amp(config["amp"], device), amp
     if amp != config["amp"] and not asked:
@@ -253,18 +243,32 @@ def find(arguments):
     return paths, notes
 
 
-def unseen_pictures(run, checkpoint, data_root=None, split="test"):
-    """The test or validation pictures of a run, without those that it was trained on -> items, class names.
+def unseen_pictures(run, checkpoint, data_root=None, split="test", on=None, classes=None):
+    """What a run is tested on, without the pictures that it was trained on -> items, class names.
 
-    why: what is held out of a folder of one's own pictures is drawn from what the folder holds now, not then. Says how
-    many are left out. Raises ValueError where none are left, or the classes are others.
+    Its own test or validation pictures, or those of another dataset (on), or the test pictures of the classes that a
+    run with --classes base lacks (classes "new").
+    why without: what is held out of a folder of one's own pictures is drawn from what the folder holds now, not then.
+    Says how many are left out. Raises ValueError where none are left, or the run's own classes are others now.
     """
     config = checkpoint["config"]
-    root, trained = data_root or config["data_root"], {*checkpoint["training"]}
-    _, val, test, class_names = load_pictures(config, data_root)
-    runs.check_classes(run, checkpoint["class_names"], class_names)
-    items = choose(split, val, test)
-    if config["dataset"] == "folder" and not trained:
+    dataset, root, trained = on or config["dataset"], data_root or config["data_root"], {*checkpoint["training"]}
+    if classes and config["classes"] != "base":
+        raise ValueError(f"{run} was trained on all classes: --classes new is for runs of train.py --classes base")
+    if on:                                                 # why 0 shots: no training images are needed
+        items, class_names = data.load(on, root, 0, config["split_seed"])[2:]
+        published = (data.DATASETS[on].sizes or [len(items)])[-1]
+        if len(items) != published:
+            print(f"note: {on} has {len(items)} test pictures here, {published} as published", flush=True)
+    else:
+        _, val, test, class_names = load_pictures(config, data_root)
+        runs.check_classes(run, checkpoint["class_names"], class_names)
+        items = choose(split, val, test)
+    if classes:
+        items, class_names = load_pictures(config, data_root, classes)[2:]
+    if dataset != config["dataset"]:                       # why: equal names then do not mean equal pictures
+        trained = set()
+    elif dataset == "folder" and not trained:
         print(f"note: {run} is of an earlier version, which did not keep what it was trained on: if pictures were "
               "added since, some of those may count here", flush=True)
     unseen = [item for item in items if runs.below(item[0], root) not in trained]
@@ -404,12 +408,13 @@ def our_numbers(folder):
     """{(dataset, shots, "ours"): accuracies over seeds} of the finished runs below a folder, their options, and notes.
 
     The methods other than SOT-GLP are called "our <method>". A run of the tiny model, on validation images, with other
-    options than the first one of its method, dataset and shots, or with a repeated seed, is left out by name.
+    options than the first one of its method, dataset and shots, or with a repeated seed, is left out by name. Runs with
+    a method's own defaults come first, then the order is that of the names.
     why: an ablation must not be averaged in, and the tiny model is none of the paper's.
     """
     numbers, first, seeds, notes = {}, {}, set(), []
-    for run in runs.finished_runs(folder):
-        result = runs.read_result(run)
+    results = [(run, runs.read_result(run)) for run in runs.finished_runs(folder)]
+    for run, result in sorted(results, key=lambda pair: runs.is_variant(pair[1]["config"])):
         if result["model"] == "tiny":
             notes.append(f"left out: {run} (model tiny; the paper has ViT-B/16)")
             continue
@@ -470,8 +475,8 @@ def print_tables(folder):
         print(f"{label:15s}" + "".join(f"{cell:>18s}" for cell in cells))
 
     print("All columns but our own are the paper's printed numbers; averages are over the datasets that ran here.\n"
-          "A cell of ours is the mean of runs of one configuration, that of the first by name; so is an average over\n"
-          "datasets. Runs of model tiny are left out.")
+          "A cell of ours is the mean of runs of one configuration: the method's own defaults, else that of the first\n"
+          "by name; so is an average over datasets. Runs of model tiny are left out.")
     print("\nTable 1, 16 shots" + "".join(f"{name:>18s}" for name in (*TABLE_1, *our_methods))[2:])
     for dataset in (*datasets, "average"):
         row(dataset, [(dataset, 16, method) for method in (*TABLE_1, *our_methods)])

@@ -34,7 +34,7 @@ import torch
 import torchvision
 
 from clip.loader import check_archive
-from methods import METHODS, OPTIONS, SWITCHES
+from methods import METHODS, OPTIONS
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # What a run writes beside last.pt, log.jsonl and lock, as patterns.
@@ -76,7 +76,8 @@ def build(run, checkpoint, device="cpu", class_names=None):
 
 def make_model(clip_model, class_names, config, ranks=(0, 1)):
     """The model that a configuration (the options of train.py, as a dict) describes."""
-    options = {parameter: not config[option] if option in SWITCHES else config[option]
+    # why not: an option of another name than its parameter switches it off
+    options = {parameter: config[option] if option == parameter else not config[option]
                for option, (parameter, _) in OPTIONS[config["method"]].items()}
     return METHODS[config["method"]](clip_model, class_names, **options, text_chunk=config["text_chunk"],
                            checkpoint_text=config["checkpoint_text"], ranks=ranks)
@@ -224,6 +225,12 @@ def changes(before, now):
     """The options in which two configurations differ, without those in PRACTICAL: a list of texts."""
     return [f"{name} was {before.get(name)}, is {now[name]}" for name in now
             if name not in PRACTICAL and before.get(name) != now[name]]
+
+
+def is_variant(config):
+    """Whether a method's own options differ from its defaults, as in an ablation."""
+    return any(config.get(option, default) != (list(default) if isinstance(default, tuple) else default)
+               for option, (_, default) in OPTIONS.get(config["method"], {}).items())
 
 
 def below(path, root):

@@ -19,16 +19,20 @@ from methods.variants import DenseTransport, IndependentTopK
 METHODS = {"sotglp": SOTGLP, "coop": CoOp, "gallop": GalLoP, "plot": PLOT, "locoop": LoCoOp,
            "promptot": PromptOT, "independent": IndependentTopK, "dense": DenseTransport}
 
-# Options of train.py that switch off what a method has by default, and what they switch off.
-SWITCHES = {"no_local_projection": "local_projection", "no_vv": "vv_attention", "shared_local": "class_specific",
-            "no_plan_gradient": "plan_gradient"}
+# Parameters that are True by default become options that switch them off: no_<parameter>, but for these two.
+SWITCHES = {"vv_attention": "no_vv", "class_specific": "shared_local"}
 
 
 def constructor_options(method):
     """A method's own options -> {option: (parameter of its constructor, default)}."""
-    switches = {parameter: option for option, parameter in SWITCHES.items()}
-    return {switches[p.name] if p.default is True else p.name: (p.name, False if p.default is True else p.default)
-            for p in [*inspect.signature(method).parameters.values()][2:] if p.kind is not p.VAR_KEYWORD}
+    options = {}
+    for parameter in [*inspect.signature(method).parameters.values()][2:]:
+        name, default = parameter.name, parameter.default
+        if default is True:
+            options[SWITCHES.get(name, f"no_{name}")] = name, False
+        elif parameter.kind is not parameter.VAR_KEYWORD:
+            options[name] = name, default
+    return options
 
 
 OPTIONS = {name: constructor_options(method) for name, method in METHODS.items()}
@@ -39,7 +43,7 @@ HELP = {
     "n_local": "local prompts, per class in sotglp, shared by all classes in the other methods",
     "n_support": "K, patches kept per class; the paper finds 5-20 about equal, 1 and 100 worse",
     "epsilon": "entropy weight of the transport (Eq. 9); smaller is sharper and needs more --n-iters",
-    "n_iters": "Sinkhorn iterations; log.jsonl has the row error they leave",
+    "n_iters": "Sinkhorn iterations; log.jsonl of sotglp has the row error they leave",
     "lambda_local": "weight of the local branch in loss and fusion",
     "prompt_dropout": "share of the global prompts that each training image drops; with 0 they stay alike",
     "no_local_projection": "keep the identity; in the paper -0.9 accuracy, better OOD",

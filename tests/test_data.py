@@ -276,7 +276,7 @@ def test_imagenets_folders_may_lie_without_images_above(imagenet):
     assert len(data.load("imagenet", imagenet, 0, 1)[2]) == 6
 
 
-def variant(root, name, folders):
+def variant(root, name, folders, classes=None):
     """A variant of ImageNet made of empty files, one in each folder; 12 classes in all, two of one name."""
     (root / "imagenet").mkdir(exist_ok=True)
     (root / "imagenet/classnames.txt").write_text("".join(f"n{i:02d} name {i % 11}\n" for i in range(12)))
@@ -284,7 +284,10 @@ def variant(root, name, folders):
         path = root / data.DATASETS[name].layouts[0][1] / folder
         path.mkdir(parents=True)
         (path / "a.jpeg").touch()
-    return data.load(name, root, 0, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        if data.DATASETS[name].classes < 1000:
+            patch.setitem(data.DATASETS, name, data.DATASETS[name]._replace(classes=classes or len(folders)))
+        return data.load(name, root, 0, 1)
 
 
 def test_folders_of_v2_are_called_by_label(tmp_path):
@@ -304,15 +307,26 @@ def test_a_class_folder_that_a_variant_should_have_is_missed(tmp_path):
         variant(tmp_path, "imagenet_sketch", [f"n{i:02d}" for i in range(12) if i != 3])
 
 
+def test_a_variant_of_some_classes_must_have_all_of_these(tmp_path):
+    with pytest.raises(ValueError, match="2 class folders in .*imagenet-a, 3 expected: is the download whole"):
+        variant(tmp_path, "imagenet_a", ("n11", "n00"), classes=3)
+
+
 def test_a_class_folder_that_imagenet_lacks_is_named(tmp_path):
     with pytest.raises(ValueError, match="1 class names for 2 class folders .*: n99"):
         variant(tmp_path, "imagenet_a", ("n01", "n99"))
 
 
 def test_variants_of_imagenet_are_for_tests_alone(tmp_path):
-    variant(tmp_path, "imagenet_a", ("n01",))
-    with pytest.raises(ValueError, match="imagenet_a has no training images.*--on imagenet_a"):
-        data.load("imagenet_a", tmp_path, 1, 1)
+    variant(tmp_path, "imagenet_v2", map(str, range(12)))
+    with pytest.raises(ValueError, match="imagenet_v2 has no training images.*--on imagenet_v2"):
+        data.load("imagenet_v2", tmp_path, 1, 1)
+
+
+def test_two_classes_have_no_base_to_train_on():
+    # ceil(2 / 2) = 1 class, which cannot be missed
+    with pytest.raises(ValueError, match="2 classes have too few base classes to train on"):
+        data.choose_classes({"train": [("a.jpg", 0, "cat"), ("b.jpg", 1, "dog")]}, ["cat", "dog"], "base")
 
 
 def test_base_and_new_classes_of_an_odd_number(eurosat):

@@ -391,6 +391,14 @@ def test_runs_on_base_classes_have_a_column_of_their_own(tmp_path, capsys):
     assert head.split()[-5:] == ["our", "coop", "our", "coop", "base"]
 
 
+def test_a_methods_own_defaults_come_before_its_variants(tmp_path, capsys):
+    result(tmp_path / "ivlp-eurosat", accuracy=11.0, method="promptot", lambda_transport=0.0)
+    result(tmp_path / "promptot-eurosat", accuracy=33.0, method="promptot", lambda_transport=10.0)
+    table_1, _, printed = table(tmp_path, capsys)
+    assert table_1["eurosat"][-1] == "33.00"
+    assert f"left out: {tmp_path}/ivlp-eurosat (lambda_transport was 10.0, is 0.0)" in printed
+
+
 def test_options_of_mere_practice_do_not_part_runs(tmp_path, capsys):
     result(tmp_path / "a", accuracy=90.0, workers=0, amp="off", device="cpu", data_root="x", text_chunk=200)
     result(tmp_path / "b", accuracy=94.0, seed=2, split_seed=2, workers=8, amp="fp16", device="cuda", data_root="y",

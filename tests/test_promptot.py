@@ -1,11 +1,14 @@
 """Prompt-OT: its transport loss by hand, and the method on a small random CLIP."""
 
 import math
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import compare
+import data
 import evaluate
 import train as script
 from conftest import EPOCHS, copy, random_clip, read, train
@@ -276,7 +279,32 @@ def test_a_run_is_tested_on_another_data_set(base_run, pictures, tmp_path, capsy
         ["a red clay", "3"], ["a sea", "2"], ["a wood", "2"]]
 
 
-def test_a_run_is_tested_on_a_variant_of_imagenet(base_run, pictures, tmp_path, capsys):
+def test_what_a_run_was_trained_on_does_not_count_in_the_test_on_its_folder(base_run, pictures, tmp_path, capsys):
+    run = copy(base_run, tmp_path / "run")
+    seen = min(pictures.glob("test/sea/*")).relative_to(pictures)         # it moved from train/ to test/, say
+    torch.save({**read(run)[2], "training": [str(seen)]}, run / "last.pt")
+    evaluate.main(evaluate.parse_args([str(run), "--on", "folder"]))
+    printed = capsys.readouterr().out
+    assert "was trained on 1 of the 7 test pictures" in printed and "on 6 test images" in printed
+
+
+def test_new_classes_are_found_only_beside_the_old_ones(base_run, pictures, tmp_path):
+    # without red_clay the first half of the classes is "sea" and "wood"
+    for part in ("train", "test"):
+        shutil.copytree(pictures / part, tmp_path / part, ignore=shutil.ignore_patterns("red_clay"))
+        (tmp_path / part / "zoo").symlink_to(pictures / part / "wood")
+    with pytest.raises(SystemExit, match="trained for other classes: label 0 of 2 was 'red clay', in the data it is"):
+        evaluate.main(evaluate.parse_args([str(copy(base_run, tmp_path / "run")), "--classes", "new", "--data-root",
+                                           str(tmp_path)]))
+
+
+def test_weights_are_for_two_scores_that_are_added(base_run, tmp_path):
+    with pytest.raises(SystemExit, match="is a run of promptot: --weights is for sotglp"):
+        compare.main(compare.parse_args(["--weights", str(copy(base_run, tmp_path / "run")), "--device", "cpu"]))
+
+
+def test_a_run_is_tested_on_a_variant_of_imagenet(base_run, pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(data.DATASETS, "imagenet_a", data.DATASETS["imagenet_a"]._replace(classes=2))
     run, home = copy(base_run, tmp_path / "run"), tmp_path / "root/imagenet-adversarial/imagenet-a"
     home.mkdir(parents=True)
     for wnid, name in (("n3", "sea"), ("n1", "wood")):
@@ -284,16 +312,20 @@ def test_a_run_is_tested_on_a_variant_of_imagenet(base_run, pictures, tmp_path, 
     (tmp_path / "root/imagenet").mkdir()
     (tmp_path / "root/imagenet/classnames.txt").write_text("n1 forest floor\nn2 red clay\nn3 the sea\n")
     evaluate.main(evaluate.parse_args([str(run), "--on", "imagenet_a", "--data-root", str(tmp_path / "root")]))
-    assert "on 4 test images" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "on 4 test images" in printed and "has 4 test pictures here, 7500 as published" in printed
     assert [line.split(",")[:3] for line in (run / "evaluation-imagenet_a.csv").read_text().splitlines()[1:]] == [
         ["0", "forest floor", "2"], ["1", "the sea", "2"]]
+    (home / "n1").unlink()                                                # a download that was not finished
+    with pytest.raises(SystemExit, match="1 class folders in .*imagenet-a, 2 expected"):
+        evaluate.main(evaluate.parse_args([str(run), "--on", "imagenet_a", "--data-root", str(tmp_path / "root")]))
 
 
 @pytest.mark.parametrize("ask", [("--on", "folder"), ("--classes", "new")])
 def test_prompts_of_each_class_name_no_other_classes(ask, trained, tmp_path, capsys):
     run = copy(trained, tmp_path / "run")
     saved = read(run)[2]
-    torch.save({**saved, "class_names": ["a", "b", "c"], "config": {**saved["config"], "classes": "base"}},
+    torch.save({**saved, "class_names": ["red clay", "sea"], "config": {**saved["config"], "classes": "base"}},
                run / "last.pt")
     with pytest.raises(SystemExit, match="prompts for each of its classes.*--shared-local"):
         evaluate.main(evaluate.parse_args([str(run), *ask]))
@@ -303,6 +335,7 @@ def test_prompts_of_each_class_name_no_other_classes(ask, trained, tmp_path, cap
     (("--method", "promptot", "--cache-features"), "--cache-features: promptot learns prompts of the image tower"),
     (("--classes", "base"), "--classes base .*prompts for each of its classes"),
     (("--method", "promptot", "--lambda-transport", -1), "--lambda-transport must be"),
+    (("--method", "promptot", "--batch-size", 9), "--plan exact tries all orders of a batch of at most 8 images, got"),
     (("--method", "promptot", "--depth", 0), "--depth must be at least 1")])
 def test_what_cannot_work_is_refused_before_training(arguments, complaint, pictures, clip_file, tmp_path):
     with pytest.raises(SystemExit, match=complaint):
