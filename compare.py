@@ -26,13 +26,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import critters
 import data
+import download
 import evaluate
 import ood
 import runs
 import train
-from methods import linear_probe
-from sotglp import fuse
+from methods import linear_probe, released
+from sotglp import SOTGLP, fuse
 
 # Name of a row: its label, its options of train.py, its column of Table 1. None: it has a command of its own.
 ROWS = {"zero_shot": ("zero-shot CLIP", None, "CLIP"), "linear_probe": ("linear probe", None, "Linear Probe"),
@@ -94,7 +96,7 @@ def make_jobs(args):
     common = [*device, *(("--model", args.model) if args.model else ())]
     jobs = []
     for dataset in args.dataset:
-        measure_ood = args.classes == "all" and has_ood_sets(dataset, args.data_root or data.default_root())
+        measure_ood = args.classes == "all" and has_ood_sets(dataset, args.data_root)
         for shots in args.shots:
             for row in args.methods:
                 if row == "zero_shot":                     # every run measures it
@@ -103,9 +105,9 @@ def make_jobs(args):
                 # why one seed of the linear probe: with a fixed draw there is nothing random in it
                 for seed in args.seeds if options is not None else args.seeds[:1]:
                     folder = Path(runs.folder_name(row, dataset, shots, seed, args.classes, args.output_dir))
-                    root = ["--data-root", args.data_root] if args.data_root and dataset != "critters" else []
-                    which = ["--dataset", dataset, *root, "--shots", str(shots), "--seed", str(seed), *common,
-                             "--output-dir", str(folder)]
+                    root = ["--data-root", args.data_root] if dataset != "critters" else []
+                    which = ["--dataset", dataset, *root, "--shots", str(shots), "--seed", str(seed), "--split-seed",
+                             str(args.split_seed), *common, "--output-dir", str(folder)]
                     commands = {"result.json": ["-m", "methods.linear_probe", *which] if options is None else
                                 ["train.py", *options, *which, "--classes", args.classes, *args.more, "--resume"]}
                     if measure_ood and options is not None:
@@ -127,7 +129,7 @@ def has_ood_sets(dataset, root):
 
 
 def check_finished(jobs):
-    """Raises ValueError where a folder holds a run with other options: it must not stand in the table."""
+    """Raises ValueError where a folder holds a run, or a table of ood.py, of other options than those of this table."""
     for job in jobs:
         script, *options = job.commands["result.json"]
         wanted = train.parse_args(options) if script == "train.py" else linear_probe.parse_args(options[1:])
@@ -137,6 +139,25 @@ def check_finished(jobs):
             if differs:
                 raise ValueError(f"{job.folder} holds a run with other options ({'; '.join(differs)}): give the same "
                                  "ones, or another --output-dir")
+        if "ood.json" in job.commands and (job.folder / "ood.json").exists():
+            check_ood(job, getattr(wanted, "recipe", "paper"))
+
+
+def check_ood(job, recipe):
+    """Raises ValueError where a run's ood.json is not what ood.py writes without options."""
+    found, sets = read_ood(job.folder), ood.BENCHMARK if job.dataset == "imagenet" else critters.OOD_SETS
+    usual = {"temperature": released.OOD_TEMPERATURE if recipe == "released" else 1.0, "local_weight": 1.0,
+             "sets": [*sets]}
+    differs = [f"{name} {found[name]}, here {usual[name]}" for name in usual if found[name] != usual[name]]
+    if differs:
+        raise ValueError(f"{job.folder}/ood.json was made with other options ({'; '.join(differs)}): remove it, and it "
+                         "is made again")
+
+
+def read_ood(folder):
+    """A run's ood.json: temperature, local_weight, the names of the OOD sets, the table."""
+    fields = json.loads((folder / "ood.json").read_text(encoding="utf-8"))
+    return {**fields, "sets": [name for name in fields["images"] if name != "ID"]}
 
 
 def missing(job):
@@ -202,8 +223,7 @@ def measure(jobs):
         if log.exists():
             found["s/epoch"] = statistics.median(line["seconds"] for line in runs.read_log(job.folder))
         if (job.folder / "ood.json").exists():
-            table = json.loads((job.folder / "ood.json").read_text(encoding="utf-8"))["table"]
-            found |= {row: cells["mean"]["auroc"] for row, cells in table.items()}
+            found |= {row: cells["mean"]["auroc"] for row, cells in read_ood(job.folder)["table"].items()}
         if "evaluation-new.json" in job.commands:
             new = json.loads((job.folder / "evaluation-new.json").read_text(encoding="utf-8"))
             found |= {"new": new["accuracy"], "zero-shot, new": new["zero_shot_accuracy"]}
@@ -260,7 +280,7 @@ def print_base_to_new(args, table):
               f"{' '.join(map(str, args.seeds))}: mean +- standard deviation")
         heads = ("base", "new", "harmonic mean", "s/epoch", "parameters")
         print(f"{'':26s}" + "".join(f"{head:>16s}" for head in heads))
-        for row, values in rows.items():
+        for row, values in ((row, values) for row, values in rows.items() if values.get("new")):
             cells = [*evaluate.base_new_cells([*zip(values["accuracy"], values["new"])]).values(),
                      evaluate.mean_and_spread(values.get("s/epoch", [])), f"{values['parameters'][0]:,}"]
             print(f"{args.rows[row][0]:26s}" + "".join(f"{cell:>16}" for cell in cells))
@@ -273,8 +293,12 @@ def score_weights(run, device):
     """Writes a run's accuracies in percent by its own scores and by each of WEIGHTS, in one pass over each part.
 
     RUN/weights.json: {"val": {score: accuracy}, "test": {score: accuracy}}; "val" is empty without validation pictures.
+    Raises ValueError for a run of a method whose two scores are not added in this way.
     """
     checkpoint, model = runs.open_run(run, device)
+    if not isinstance(model, SOTGLP):
+        raise ValueError(f"{run} is a run of {checkpoint['config']['method']}: --weights is for sotglp and its "
+                         "variants")
     config, own = checkpoint["config"], model.scores
     _, *parts, _ = evaluate.load_pictures(config)
     model.scores = lambda outputs: {**own(outputs), **{str(weight): fuse(*outputs, weight) for weight in WEIGHTS}}
@@ -359,6 +383,7 @@ def parse_args(argv=None):
         help="datasets, a table for each (critters)")
     add("--shots", nargs="+", type=int, default=[16], help="training images per class, a table for each (16)")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="runs of each method; the shots stay the same (1 2 3)")
+    add("--split-seed", type=int, default=1, help="draws the shots (1)")
     add("--ablations", action="store_true", help="compare SOT-GLP with variants of itself")
     add("--weights", type=Path, metavar="RUN",
         help="score this run with several weights of the local branch, into RUN/weights.json, as --ablations does")
@@ -381,6 +406,16 @@ def parse_args(argv=None):
     unknown = {*args.methods} - {*args.rows}
     if unknown:
         parser.error(f"--methods has no row {', '.join(sorted(unknown))}: choose from {', '.join(args.rows)}")
+    lacks = {"--sampler", "--test-split", "--held-out", "--template", "--activation"} & {
+        option.partition("=")[0] for option in args.more}
+    if lacks and "linear_probe" in args.methods:
+        parser.error(f"the linear probe has no {', '.join(sorted(lacks))}: name the other rows by --methods")
+    if "--test-split" in lacks and args.classes == "base":
+        parser.error("--classes base has no --test-split: both halves of the classes are scored on their test pictures")
+    # why absolute: the runs start in the folder of this program
+    args.output_dir = os.path.abspath(args.output_dir)
+    args.data_root = download.absolute(args.data_root or data.default_root())
+    args.model = os.path.abspath(args.model) if args.model and os.path.exists(args.model) else args.model
     if args.ablations and "full" not in args.methods:
         args.methods = ["full", *args.methods]             # why: the others are compared with it
     return args

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import compare
+import critters
 import evaluate
 import methods.linear_probe
 import train as script
@@ -35,7 +36,8 @@ def started(monkeypatch):
             return subprocess.CompletedProcess(command, 0)
         if name == "ood.py":
             table = {row: {"near": {"auroc": 1.0}, "mean": {"auroc": value}} for row, value in AUROC.items()}
-            (Path(options[0]) / "ood.json").write_text(json.dumps({"table": table}))
+            fields = {"temperature": 1.0, "local_weight": 1.0, "images": dict.fromkeys(["ID", *critters.OOD_SETS], 9)}
+            (Path(options[0]) / "ood.json").write_text(json.dumps({**fields, "table": table}))
             return subprocess.CompletedProcess(command, 0)
         if name == "evaluate.py":
             result = json.loads((Path(options[0]) / "result.json").read_text())
@@ -102,6 +104,8 @@ def test_base_to_new_has_the_mean_of_each_half_and_the_harmonic_mean_of_the_two(
     started.clear()
     run(tmp_path, "--classes", "base", "--methods", "coop", "--seeds", "1", "2")
     assert started == []
+    run(tmp_path, "--classes", "base", "--methods", "zero_shot")          # nothing is trained, so there is nothing
+    assert "harmonic mean" in capsys.readouterr().out
 
 
 def test_base_to_new_has_rows_of_its_own(capsys):
@@ -126,6 +130,36 @@ def test_a_run_with_other_options_is_refused_before_anything_starts(started, tmp
     with pytest.raises(SystemExit, match=r"holds a run with other options \(epochs was 7, is 200"):
         run(tmp_path, "--methods", "sotglp", "coop", "--seeds", "1")
     assert started == []
+
+
+@pytest.mark.parametrize("name, value, complaint", [
+    ("temperature", 1000.0, r"temperature 1000\.0, here 1\.0"), ("local_weight", 0.5, r"local_weight 0\.5, here 1\.0"),
+    ("images", {"ID": 9, "mine": 3}, r"sets \['mine'\], here")])
+def test_a_table_of_ood_with_other_options_is_refused(name, value, complaint, started, tmp_path):
+    run(tmp_path, "--methods", "coop", "--seeds", "1")
+    path = tmp_path / "coop-critters-16shot-seed1/ood.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(SystemExit, match=r"ood.json was made with other options \(" + complaint):
+        run(tmp_path, "--methods", "coop", "--seeds", "1")
+
+
+def test_the_linear_probe_has_the_draw_of_the_others(started, tmp_path, capsys):
+    run(tmp_path, "--methods", "linear_probe", "coop", "--seeds", "1", "--split-seed", "2")
+    for command in started[0], started[1]:
+        assert command[command.index("--split-seed") + 1] == "2"
+    for options, complaint in ((["--sampler", "proportional"], "the linear probe has no --sampler"),
+                               (["--test-split=val", "--classes", "base"], "--classes base has no --test-split")):
+        with pytest.raises(SystemExit):
+            compare.parse_args(options)
+        assert complaint in capsys.readouterr().err
+
+
+def test_runs_go_where_the_user_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("clip.pt").touch()
+    args = compare.parse_args(["--output-dir", "out", "--data-root", "pictures", "--model", "clip.pt"])
+    assert [args.output_dir, args.data_root, args.model] == [
+        str(tmp_path / name) for name in ("out", "pictures", "clip.pt")]
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_done(started, tmp_path, monkeypatch, capsys):
