@@ -34,7 +34,7 @@ import data
 import download
 import evaluate
 import runs
-from methods import HELP, METHODS, OPTIONS, released
+from methods import HELP, METHODS, OPTIONS, promptot, released
 
 
 # ---- options -------------------------------------------------------------------------------------------------
@@ -59,6 +59,8 @@ def parse_args(argv=None):
     if known.recipe == "released":
         parser.set_defaults(**released.options(known.dataset))
     args, unknown = parser.parse_known_args(argv, argparse.Namespace(**saved))
+    if saved and args.method != saved["method"]:
+        parser.error(f"--resume {known.resume}: its method is {saved['method']}, not {args.method}")
     if unknown:
         parser.error(f"{args.method} has no {' '.join(unknown)}: --method {args.method} --help lists what it has")
     args.model = clip.full_name(args.model or runs.default_model(args.dataset))
@@ -170,6 +172,9 @@ def check_args(args, world):
         raise ValueError("--epsilon must be positive, got 0")
     if getattr(args, "prompt_dropout", 0) > 1:
         raise ValueError(f"--prompt-dropout must lie in [0, 1], got {args.prompt_dropout}")
+    if getattr(args, "plan", "") == "exact" and args.lambda_transport and args.batch_size > promptot.LARGEST_EXACT:
+        raise ValueError(f"--plan exact tries all orders of a batch of at most {promptot.LARGEST_EXACT} images, got "
+                         f"--batch-size {args.batch_size}: give a smaller one, or --plan sinkhorn")
     data.template(args.dataset, args.template)
     if args.held_out is not None and not 0 < args.held_out < 1:
         raise ValueError(f"--held-out must lie between 0 and 1, got {args.held_out}")

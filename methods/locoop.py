@@ -40,7 +40,8 @@ def objective(logits, local_logits, labels, lambda_entropy=0.25, top_k=None, n_b
     (B, C), (B, P, C), (B,) -> scalar. top_k: a fifth of the classes where None. Without any background patch the second
     term is 0. n_batch, world: the size of the batch and the number of processes, where these images are a part of it.
     """
-    patches = background(local_logits, labels, top_k or default_top_k(local_logits.shape[-1]))     # (B, P)
+    top_k = default_top_k(local_logits.shape[-1]) if top_k is None else top_k
+    patches = background(local_logits, labels, top_k)                              # (B, P)
     n_patches = patches.sum()
     if world > 1:           # why: the mean is one over the whole batch, and images differ in their background patches
         torch.distributed.all_reduce(n_patches)
@@ -65,7 +66,7 @@ class LoCoOp(coop.CoOp):
     def __init__(self, clip_model, class_names, n_context=16, words=None, class_specific=False, lambda_entropy=0.25,
                  top_k=None, **texts):
         super().__init__(clip_model, class_names, n_context, words, class_specific, **texts)
-        if not 1 <= (top_k or 1) <= len(self.class_names):
+        if top_k is not None and not 1 <= top_k <= len(self.class_names):
             raise ValueError(f"--top-k must lie between 1 and the number of classes, {len(self.class_names)}: "
                              f"got {top_k}")
         self.lambda_entropy, self.top_k = lambda_entropy, top_k

@@ -206,6 +206,9 @@ def test_resume_takes_every_option_from_the_run(trained, tmp_path, capsys):
     assert (args.data_root, args.workers, args.lr, args.shots, args.dataset) == (
         os.path.abspath("elsewhere"), 3, 0.5, 3, "folder")
     assert "lr was 0.5, is 0.1" in error_of(train, "--resume", copy(trained, tmp_path / "again"), "--lr", 0.1)
+    with pytest.raises(SystemExit):
+        script.parse_args(["--resume", str(trained), "--method", "gallop"])
+    assert f"--resume {trained}: its method is sotglp, not gallop" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["train", "test"])

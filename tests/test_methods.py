@@ -15,7 +15,7 @@ import runs
 import sotglp
 import train as script
 from conftest import PROJECT, read, train
-from methods import METHODS, OPTIONS, coop, gallop, linear_probe, locoop, plot
+from methods import METHODS, OPTIONS, constructor_options, coop, gallop, linear_probe, locoop, plot
 
 NAMES = ["cat", "dog", "annual_crop land"]
 LN3 = math.log(3)
@@ -193,7 +193,7 @@ def test_locoop_is_tested_as_coop(clip_model):
     torch.testing.assert_close(local_logits, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("top_k", [-1, 4])
+@pytest.mark.parametrize("top_k", [-1, 0, 4])
 def test_locoop_refuses_more_likely_classes_than_there_are(top_k, clip_model):
     with pytest.raises(ValueError, match="--top-k must lie between 1 and the number of classes, 3"):
         locoop.LoCoOp(clip_model, NAMES, top_k=top_k)
@@ -290,6 +290,49 @@ def test_linear_probe_needs_validation_images(tmp_path, monkeypatch):
         linear_probe.main(linear_probe.parse_args(["--output-dir", str(tmp_path)]))
 
 
+# ---- what several methods share --------------------------------------------------------------------------------
+
+def test_gallops_prompts_start_alike_and_plots_differ(clip_model):
+    model = gallop.GalLoP(clip_model, NAMES)
+    template = model.word_vectors("a photo of a")
+    assert all(torch.equal(prompt, template) for prompt in (*model.global_prompts, *model.local_prompts))
+    assert torch.equal(model.local_projection, torch.eye(len(model.local_projection)))
+    assert model.draw(5).shape == (5, 1)                                  # 4 - int(.75 * 4) = 1 of 4 is kept
+    prompts = plot.PLOT(clip_model, NAMES).local_prompts
+    assert prompts.std().item() == pytest.approx(0.02, rel=0.1) and not torch.equal(prompts[0], prompts[1])
+
+
+@pytest.mark.parametrize("name, stream", [("coop", "value"), ("locoop", "value"), ("gallop", "value"), ("plot", "qk")])
+def test_ood_has_raw_cosines_of_each_methods_own_patches(name, stream, clip_model):
+    model, batch = METHODS[name](clip_model, NAMES).eval(), images()
+    cls, patches = clip_model.encode_patches(batch, stream)
+    if name == "gallop":
+        model.local_projection.data.normal_()
+        patches = patches @ model.local_projection
+    texts = model.encode_prompts()
+    pair = texts if name == "gallop" else (texts, texts)
+    found = model.cosines(batch, texts)
+    assert (found[0] is None) == (name == "plot")
+    for cosines, tokens, text in zip(found, (cls, patches), pair):
+        if cosines is not None:                                           # the mean over prompts, where there are some
+            text = text if text.dim() == 3 else text[:, None]
+            expected = torch.einsum("b...d,cnd->b...cn", sotglp.unit(tokens @ clip_model.visual.proj), text).mean(-1)
+            torch.testing.assert_close(cosines, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_constructors_parameter_that_is_true_becomes_a_switch(clip_model, monkeypatch):
+    class Mine(coop.CoOp):
+        def __init__(self, clip_model, class_names, centred=True, width=3, **texts):
+            super().__init__(clip_model, class_names, **texts)
+            self.options = centred, width
+
+    monkeypatch.setitem(METHODS, "mine", Mine)
+    monkeypatch.setitem(OPTIONS, "mine", constructor_options(Mine))
+    for words, expected in (([], (True, 3)), (["--no-centred", "--width", "5"], (False, 5))):
+        args = script.parse_args(["--method", "mine", *words])
+        assert runs.make_model(clip_model, NAMES, vars(args)).options == expected
+
+
 # ---- every method in the same program ------------------------------------------------------------------------
 
 SMALL = {"coop": ("--n-context", 3), "gallop": ("--top-k", 1, 2, 3, 4), "plot": ("--n-context", 3, "--n-iters", 2),
@@ -379,9 +422,12 @@ def test_an_option_that_a_method_lacks_is_refused_by_name(capsys):
     ("coop", dict(lr=0.002, epochs=200, warmup_epochs=1, batch_size=32, weight_decay=5e-4, n_context=16, words=None,
                   class_specific=False)),
     ("locoop", dict(lr=0.002, epochs=50, warmup_epochs=1, weight_decay=5e-4, lambda_entropy=0.25, top_k=None)),
-    ("plot", dict(lr=0.002, epochs=50, warmup_epochs=1, n_local=4, n_context=16, epsilon=0.1, n_iters=20)),
+    ("plot", dict(lr=0.002, epochs=50, warmup_epochs=1, batch_size=32, weight_decay=5e-4, n_local=4, n_context=16,
+                  epsilon=0.1, n_iters=20)),
     ("gallop", dict(lr=0.002, epochs=200, warmup_epochs=0, weight_decay=0.01, n_global=4, n_local=4,
-                    top_k=[5, 10, 15, 20], prompt_dropout=0.75, no_local_projection=False))])
+                    top_k=[5, 10, 15, 20], prompt_dropout=0.75, no_local_projection=False)),
+    ("promptot", dict(lr=0.005, epochs=40, warmup_epochs=1, batch_size=4, weight_decay=5e-4, lambda_transport=10,
+                      modality="joint", plan="exact", depth=12))])
 def test_a_methods_defaults_are_its_own(method, expected):
     args = vars(script.parse_args(["--method", method]))
     assert args.items() >= expected.items()
