@@ -280,7 +280,7 @@ def print_base_to_new(args, table):
               f"{' '.join(map(str, args.seeds))}: mean +- standard deviation")
         heads = ("base", "new", "harmonic mean", "s/epoch", "parameters")
         print(f"{'':26s}" + "".join(f"{head:>16s}" for head in heads))
-        for row, values in ((row, values) for row, values in rows.items() if values.get("new")):
+        for row, values in rows.items():
             cells = [*evaluate.base_new_cells([*zip(values["accuracy"], values["new"])]).values(),
                      evaluate.mean_and_spread(values.get("s/epoch", [])), f"{values['parameters'][0]:,}"]
             print(f"{args.rows[row][0]:26s}" + "".join(f"{cell:>16}" for cell in cells))
@@ -406,8 +406,14 @@ def parse_args(argv=None):
     unknown = {*args.methods} - {*args.rows}
     if unknown:
         parser.error(f"--methods has no row {', '.join(sorted(unknown))}: choose from {', '.join(args.rows)}")
-    lacks = {"--sampler", "--test-split", "--held-out", "--template", "--activation"} & {
-        option.partition("=")[0] for option in args.more}
+    given = {option.partition("=")[0] for option in args.more}
+    own = given & {"--method", "--recipe", "--seed", "--resume", "--overwrite"}
+    if own:
+        parser.error(f"{', '.join(sorted(own))} would be the same for all rows and seeds: --methods and --seeds name those")
+    if len({*args.seeds}) < len(args.seeds) or min(args.shots) < 0 or args.methods == ["zero_shot"]:
+        parser.error("--seeds must differ, --shots must not be negative, and zero_shot is measured by the runs of "
+                     "another row")
+    lacks = given & {"--sampler", "--test-split", "--held-out", "--template", "--activation"}
     if lacks and "linear_probe" in args.methods:
         parser.error(f"the linear probe has no {', '.join(sorted(lacks))}: name the other rows by --methods")
     if "--test-split" in lacks and args.classes == "base":

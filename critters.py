@@ -425,8 +425,10 @@ def is_path(path):
 
 @functools.lru_cache(maxsize=4096)   # why: an epoch reads them again, and 4096 of them take 50 MB
 def read(path):
-    """The picture that one of `paths` stands for."""
+    """The picture that one of `paths` stands for. Raises ValueError for a class that there is not."""
     split, label, index, odd, odd_index = PATH.fullmatch(path).groups()
+    if label and int(label) >= len(CLASSES):
+        raise ValueError(f"{path}: the drawn classes are 0 to {len(CLASSES) - 1}")
     return ood_picture(odd, int(odd_index)) if odd else picture(split, int(label), int(index))
 
 

@@ -109,8 +109,8 @@ def default_root():
 def find_root(name, given=None):
     """The folder of the datasets as an absolute path. Raises ValueError for one that is given and would not be used."""
     if given is not None and name == "critters":
-        raise ValueError("--data-root is not used for critters, which are drawn: name the data too, by --dataset; "
-                         "`folder` is for your own pictures")
+        raise ValueError("--data-root is not used for critters, which are drawn: leave it out, or name other "
+                         "data by --dataset; `folder` is for your own pictures")
     return download.absolute(given or default_root())
 
 
@@ -136,6 +136,8 @@ def load(name, root, shots, seed, sampler="exact", held_out=None, classes="all")
     drawn before, so that a class has the same ones in any case.
     Raises FileNotFoundError, with the folder looked in and the tree expected, where anything named is not there.
     """
+    if (shots or 0) < 0:
+        raise ValueError(f"--shots must not be negative, got {shots}")
     lists, class_names = read_lists(name, root, seed, held_out)
     if shots and not lists["train"]:
         raise ValueError(f"{name} has no training images: it is for evaluate.py RUN --on {name}")
@@ -369,14 +371,21 @@ def read_names(path):
 
     A tab parts the two where the folder's name has a blank.
     """
-    pairs = (line.split("\t" if "\t" in line else None, 1) for line in lines(path))
-    return {first.strip(): " ".join(name).strip() or first for first, *name in pairs}
+    names = {}
+    for first, *name in (line.split("\t" if "\t" in line else None, 1) for line in lines(path)):
+        if first.strip() in names:
+            raise ValueError(f"{path} has two lines for {first.strip()!r}")
+        names[first.strip()] = " ".join(name).strip() or first
+    return names
 
 
 def lines(path):
     """The lines of a text file, without blanks at their ends and without empty ones."""
     with open(path, encoding="utf-8-sig") as file:      # why -sig: editors on Windows begin a file with a mark
-        return [line.strip() for line in file if line.strip()]
+        try:
+            return [line.strip() for line in file if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no text in UTF-8: save it as such ({error})") from error
 
 
 def remarks(root):
@@ -533,6 +542,8 @@ def _mix(*numbers):
 
 def train_loader(pictures, batches, workers=0, device="cpu"):
     """Batches of tensors. Workers live as long as the iterator; the indices tell them the epoch."""
+    if workers < 0:
+        raise ValueError(f"--workers must not be negative, got {workers}")
     return DataLoader(pictures, batch_sampler=batches, collate_fn=pictures.collate, num_workers=workers,
                       pin_memory=torch.device(device).type == "cuda",
                       generator=torch.Generator())     # why: otherwise an iterator draws from the global generator

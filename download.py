@@ -56,14 +56,14 @@ def walk(top):
     """All files below a folder, in a fixed order -> paths of pictures, paths of other files.
 
     What is hidden is skipped: names that begin with a dot, and __MACOSX, which macOS adds to archives. Links are
-    followed. Raises OSError for a folder that cannot be read.
+    followed, but not to a folder above themselves. Raises OSError for a folder that cannot be read.
     """
     def fail(error):
         raise error
 
     pictures, others = [], []
     for here, folders, files in os.walk(top, onerror=fail, followlinks=True):
-        folders[:] = sorted(filter(_visible, folders))
+        folders[:] = sorted(name for name in folders if _visible(name) and not _leads_up(os.path.join(here, name)))
         for name in sorted(filter(_visible, files)):
             (pictures if name.lower().endswith(SUFFIXES) else others).append(os.path.join(here, name))
     return pictures, others
@@ -71,6 +71,12 @@ def walk(top):
 
 def _visible(name):
     return not name.startswith(".") and name != "__MACOSX"
+
+
+def _leads_up(folder):
+    """Whether a folder is a link to one above it, in which it would be found again, without an end."""
+    here, there = os.path.realpath(os.path.dirname(folder)), os.path.realpath(folder)
+    return os.path.islink(folder) and os.path.commonpath([here, there]) == there
 
 
 def class_folders(folder):

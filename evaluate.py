@@ -188,7 +188,8 @@ def load_run(run, device="cpu"):
 
 def load_pictures(config, data_root=None, classes=None):
     """What `data.load` gives for a run's configuration. data_root, classes: in place of the run's own."""
-    return data.load(config["dataset"], data_root or config["data_root"], config["shots"], config["split_seed"],
+    root = data.find_root(config["dataset"], data_root) if data_root else config["data_root"]
+    return data.load(config["dataset"], root, config["shots"], config["split_seed"],
                      config["sampler"], config["held_out"], classes or config["classes"])
 
 
@@ -201,6 +202,7 @@ def evaluate_run(run, checkpoint, device, data_root=None, workers=0, split="test
     """
     start = time.time()
     config = checkpoint["config"]
+    runs.check_writable(run)
     items, class_names = unseen_pictures(run, checkpoint, data_root, split, on, classes)
     model = runs.build(run, checkpoint, device, class_names)
     amp, asked = amp or runs.usable_amp(config["amp"], device), amp
@@ -252,7 +254,10 @@ def unseen_pictures(run, checkpoint, data_root=None, split="test", on=None, clas
     Says how many are left out. Raises ValueError where none are left, or the run's own classes are others now.
     """
     config = checkpoint["config"]
-    dataset, root, trained = on or config["dataset"], data_root or config["data_root"], {*checkpoint["training"]}
+    if checkpoint["epoch"] < config.get("epochs", 0):
+        print(f"note: {run} is not finished: it stands at epoch {checkpoint['epoch']} of {config['epochs']}", flush=True)
+    dataset, trained = on or config["dataset"], {*checkpoint["training"]}
+    root = data.find_root(dataset, data_root) if data_root else config["data_root"]
     if classes and config["classes"] != "base":
         raise ValueError(f"{run} was trained on all classes: --classes new is for runs of train.py --classes base")
     if on:                                                 # why 0 shots: no training images are needed
@@ -506,10 +511,15 @@ def mean_and_spread(values, digits=2):
 # ---- the script ----------------------------------------------------------------------------------------------
 
 def read_alike(folders):
-    """The checkpoints of runs that differ in their seeds alone. Raises ValueError for others."""
-    checkpoints = [runs.read_checkpoint(run) for run in folders]
+    """The checkpoints of runs that differ in their seeds alone. Raises ValueError for others, and for equal seeds."""
+    checkpoints, seen = [runs.read_checkpoint(run) for run in folders], {}
     for run, checkpoint in zip(folders, checkpoints):
         runs.check_kind(folders[0], checkpoints[0], run, checkpoint)
+        seeds = checkpoint["config"]["seed"], checkpoint["config"]["split_seed"]
+        if seeds in seen:
+            raise ValueError(f"{run} has the seeds of {seen[seeds]}: a mean over equal runs says nothing; name one of "
+                             "them")
+        seen[seeds] = run
     return checkpoints
 
 
@@ -614,8 +624,7 @@ def parse_args(argv=None):
         parser.error(f"with {mode} there is no use for {', '.join(names)}")
     if (args.images or args.csv) and len(args.runs) != 1:
         parser.error("--images and --csv go with exactly one RUN")
-    if args.csv and os.path.isdir(args.csv):
-        parser.error(f"--csv {args.csv} is a folder: name a file")
+    runs.refuse_empty(parser, args)
     args.split, args.dataset = args.split or "test", args.dataset or "critters"
     args.workers = runs.default_workers(args.device) if args.workers is None else args.workers
     return args
@@ -626,6 +635,7 @@ def main(args):
     """Zero-shot accuracy, the paper's tables, one's own pictures, or the accuracies of runs."""
     runs.check_device(args.device, args.amp or "off")
     if args.csv:
+        runs.check_csv(args.csv)
         Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
     if args.zero_shot:
         zero_shot(args)

@@ -289,6 +289,7 @@ def parse_args(argv=None):
     add("--workers", type=int, help="processes that read pictures (up to 8 on CUDA, 0 on CPU)")
     add("--amp", choices=("off", *runs.HALF), help="mixed precision of the towers (fp16 on CUDA, off on CPU)")
     args = parser.parse_args(argv)
+    runs.refuse_empty(parser, args)
     args.workers = runs.default_workers(args.device) if args.workers is None else args.workers
     args.amp = args.amp or runs.default_amp(args.device)
     if bool(args.run) == args.zero_shot:
@@ -329,6 +330,10 @@ def main(args):
     """Finds the pictures, scores each once, prints the table and writes it."""
     start = time.time()
     runs.check_device(args.device, args.amp)
+    if args.run:
+        runs.check_writable(args.run)
+    if args.csv:
+        runs.check_csv(args.csv)
     checkpoint = runs.read_checkpoint(args.run) if args.run else {"config": {
         "dataset": args.dataset, "model": clip.full_name(args.model or runs.default_model(args.dataset)),
         "method": "zero-shot", "shots": 0}}

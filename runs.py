@@ -13,6 +13,7 @@ Read it from `open_run` (from a folder to a model) through the checks to the hel
 """
 
 import contextlib
+import fnmatch
 import functools
 import hashlib
 import itertools
@@ -138,7 +139,11 @@ def read_checkpoint(run):
 
 def read_log(run):
     """The lines of a run's log.jsonl: a dict for each epoch."""
-    return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    path = Path(run) / "log.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; train.py --resume {run} writes it again from last.pt") from error
 
 
 def read_result(run):
@@ -149,7 +154,8 @@ def read_result(run):
         wrong = [name for name in ("dataset", "model", "shots", "seed", "split_seed", "config") if name not in result]
         wrong += [] if isinstance(result.get("accuracy"), float) else ["accuracy"]
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}; remove it, and train.py --resume {run} "
+                         "tests the run again") from error
     if wrong:
         raise ValueError(f"{path} is damaged, or is not a file of this program: it has no {', '.join(wrong)}")
     result["config"] = {**ADDED, **result["config"]}
@@ -169,11 +175,34 @@ def folder_name(method, dataset, shots, seed, classes="all", folder="runs"):
     return f"{folder}/{'-'.join(parts)}-{shots}shot-seed{seed}"
 
 
-def check_free(folder, allowed=False):
-    """Raises ValueError where a run stands in this folder already, unless it is allowed to."""
-    if not allowed and any((Path(folder) / name).exists() for name in ("last.pt", "result.json")):
-        raise ValueError(f"{folder} holds a run already: --resume goes on with it, --overwrite replaces it, and "
-                         "--output-dir names another folder")
+def check_free(folder, resume=False, overwrite=False):
+    """Raises ValueError where a run stands in this folder that is neither to be replaced nor to go on."""
+    there = [name for name in ("last.pt", "result.json") if (Path(folder) / name).exists()]
+    goes_on = "last.pt" in there
+    if there and not overwrite and not (resume and goes_on):
+        raise ValueError(f"{folder} holds a run already{'' if goes_on else ', without a last.pt to go on from'}: "
+                         + "train.py --resume goes on with it, " * goes_on
+                         + "--overwrite replaces it, and --output-dir names another folder")
+
+
+def remove(folder, patterns=REPORTS):
+    """Removes what an earlier run left in a folder."""
+    for path in (path for pattern in patterns for path in Path(folder).glob(pattern)):
+        path.unlink(missing_ok=True)
+
+
+def check_csv(path):
+    """Raises ValueError for a file that --csv must not replace: a folder, or one of those that make up a run."""
+    if os.path.isdir(path):
+        raise ValueError(f"--csv {path} is a folder: name a file")
+    if any(fnmatch.fnmatch(Path(path).name, pattern) for pattern in ("last.pt", "log.jsonl", "lock", *REPORTS)):
+        raise ValueError(f"--csv {path} has the name of a file of a run: give another one")
+
+
+def check_writable(folder):
+    """Raises OSError for a folder that cannot be written to. why: else it would show when all the work is done."""
+    if not os.access(folder, os.W_OK):
+        raise OSError(f"{folder} is read-only here: results are written into it, so copy it to where they can be")
 
 
 def lock(folder, patience=2.0):
@@ -259,6 +288,8 @@ def check_kind(run, checkpoint, other, other_checkpoint):
     differs = changes(checkpoint["config"], {**other_checkpoint["config"], **seeds})
     differs += ["it has other classes"] * (checkpoint["class_names"] != other_checkpoint["class_names"])
     differs += ["it has other CLIP weights"] * (checkpoint["clip_sha256"] != other_checkpoint["clip_sha256"])
+    epochs = [one["epoch"] for one in (checkpoint, other_checkpoint)]
+    differs += ["it stands at epoch {1}, the first one at epoch {0}".format(*epochs)] * (epochs[0] != epochs[1])
     if differs:
         raise ValueError(f"{other} is another kind of run than {run}: {differs[0]}; evaluate each alone")
 
@@ -378,6 +409,8 @@ def write_whole(path, write):
         os.replace(temporary, path)
     except RuntimeError as error:                      # why: torch's, on a full disk
         raise OSError(f"cannot write {path}, is the disk full? {str(error).splitlines()[0]}") from error
+    except OSError as error:                           # why: a full disk is not named by Python
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -413,3 +446,14 @@ def plain_errors(hint=""):
         sys.exit(f"{rank}interrupted" + f": {hint}" * bool(hint))
     except (OSError, ValueError, MemoryError) as error:
         sys.exit(f"{rank}error: {error}")
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):    # torch's words on a CPU
+            raise
+        sys.exit(f"{rank}error: out of memory: {str(error).splitlines()[0]}")
+
+
+def refuse_empty(parser, args):
+    """Ends the program where an option was given an empty text, which else would count as not given."""
+    # why not device: it has a message of its own
+    for name in (name for name, value in vars(args).items() if value in ("", [""]) and name != "device"):
+        parser.error(f"--{name.replace('_', '-')} is empty")

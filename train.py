@@ -61,6 +61,9 @@ def parse_args(argv=None):
     args, unknown = parser.parse_known_args(argv, argparse.Namespace(**saved))
     if saved and args.method != saved["method"]:
         parser.error(f"--resume {known.resume}: its method is {saved['method']}, not {args.method}")
+    if saved and Path(args.output_dir) != Path(known.resume):
+        parser.error(f"--resume {known.resume} goes on in this folder: leave out --output-dir {args.output_dir}")
+    runs.refuse_empty(parser, args)
     if unknown:
         parser.error(f"{args.method} has no {' '.join(unknown)}: --method {args.method} --help lists what it has")
     args.model = clip.full_name(args.model or runs.default_model(args.dataset))
@@ -156,7 +159,7 @@ def check_args(args, world):
     runs.check_device(args.device, args.amp)
     for name in ("lr", "weight_decay", "epsilon", "lambda_local", "lambda_entropy", "lambda_transport", "warmup_epochs",
                  "prompt_dropout", "workers", "shots"):
-        if not 0 <= getattr(args, name, 0) < math.inf:
+        if not 0 <= getattr(args, name, 0) <= torch.finfo(torch.float32).max:
             raise ValueError(f"--{name.replace('_', '-')} must be a finite number and not negative, "
                              f"got {getattr(args, name)}")
     for name in ("seed", "split_seed"):
@@ -168,8 +171,8 @@ def check_args(args, world):
     for name in ("epochs", "n_global", "n_local", "n_support", "n_context", "n_iters", "depth", "text_chunk"):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if getattr(args, "epsilon", 1) == 0:
-        raise ValueError("--epsilon must be positive, got 0")
+    if getattr(args, "epsilon", 1) < 1e-6:               # why: cost / epsilon must leave float32 some digits
+        raise ValueError(f"--epsilon must be positive, and at least 1e-6, got {args.epsilon}")
     if getattr(args, "prompt_dropout", 0) > 1:
         raise ValueError(f"--prompt-dropout must lie in [0, 1], got {args.prompt_dropout}")
     if getattr(args, "plan", "") == "exact" and args.lambda_transport and args.batch_size > promptot.LARGEST_EXACT:
@@ -178,7 +181,7 @@ def check_args(args, world):
     data.template(args.dataset, args.template)
     if args.held_out is not None and not 0 < args.held_out < 1:
         raise ValueError(f"--held-out must lie between 0 and 1, got {args.held_out}")
-    runs.check_free(args.output_dir, args.resume or args.overwrite)
+    runs.check_free(args.output_dir, args.resume, args.overwrite)
 
 
 # ---- set up --------------------------------------------------------------------------------------------------
@@ -255,7 +258,9 @@ def set_up(args, rank, world, device):
         clip_model.store_matrices(runs.HALF[args.amp])
     run = Run(args, rank, world, device, train_set, test_set, published, preprocess, model, optimizer, scaler,
               fingerprint, started)
-    run.lock = runs.lock(run.folder) if rank == 0 else None
+    if rank == 0:
+        run.lock = runs.lock(run.folder)
+        runs.check_free(run.folder, args.resume, args.overwrite)    # why again: another process had the folder till now
     if args.resume and (run.folder / "last.pt").exists():
         resume(run)
     elif args.resume and rank == 0:
@@ -456,8 +461,7 @@ def save_checkpoint(run):
                   **run.fingerprint, "epoch": run.epochs_done, "seconds": time.time() - run.started, "log": run.log}
     runs.write_whole(run.folder / "last.pt", lambda path: torch.save(checkpoint, path))
     if run.epochs_done == 1:
-        for path in (path for pattern in runs.REPORTS for path in run.folder.glob(pattern)):
-            path.unlink(missing_ok=True)
+        runs.remove(run.folder)
 
 
 def write_log(run):

@@ -404,7 +404,7 @@ def parse_args(argv=None):
     mode.add_argument("--curves", action="store_true", help="log.jsonl over the epochs, all RUNs in one picture")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--images", nargs="+", metavar="FILE", help="your own pictures")
-    which.add_argument("--split", choices=("train", "val", "test"), default="test", help="of the run (%(default)s)")
+    which.add_argument("--split", choices=("train", "val", "test"), help="of the run (test)")
     add("--count", type=int, default=8, help="pictures of the split, at equal distances (%(default)s)")
     add("--class", dest="class_name", metavar="NAME", help="whose prompts are shown (those of the predicted class)")
     add("--output", metavar="DIR", help="where the PNG files go (RUN/pictures)")
@@ -413,8 +413,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if len(args.runs) > (26 if args.curves else 1):
         parser.error("one RUN, or with --curves up to 26")
-    if (args.batch or args.curves) and (args.images or args.class_name):
-        parser.error("--images and --class do not go with --batch and --curves")
+    if (args.batch or args.curves) and (args.images or args.class_name or args.split):
+        parser.error("--images, --split and --class do not go with --batch and --curves")
+    args.split = args.split or "test"
     if args.count < 1:
         parser.error(f"--count must be at least 1, got {args.count}")
     return args

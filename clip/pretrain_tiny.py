@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import os
 import random
+import sys
 import time
 
 import numpy as np
@@ -382,10 +383,16 @@ def main():
     p.add_argument("--split", choices=("val", "test"), default="val",
                    help="which pictures --evaluate looks at")
     args = p.parse_args()
-    if args.evaluate:
-        evaluate(args.evaluate, args.split)
-    else:
+    if min(args.steps, args.pool, args.batch_size, args.workers) < 1:
+        p.error("--steps, --pool, --batch-size and --workers must be at least 1")
+    try:
+        if args.evaluate:
+            return evaluate(args.evaluate, args.split)
+        # why now: else the first save would fail
+        os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
         train(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

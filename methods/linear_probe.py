@@ -118,6 +118,7 @@ def parse_args(argv=None):
     add("--output-dir", help="where the run is written (runs/linear_probe-<dataset>-<shots>shot-seed<seed>)")
     add("--overwrite", action="store_true", help="replace the run that the output folder holds")
     args = parser.parse_args(argv)
+    runs.refuse_empty(parser, args)
     args.model = clip.full_name(args.model or runs.default_model(args.dataset))
     args.output_dir = args.output_dir or runs.folder_name("linear_probe", args.dataset, args.shots, args.seed)
     return args
@@ -129,18 +130,20 @@ def main(args):
     started, folder = time.time(), Path(args.output_dir)
     runs.check_device(args.device)
     args.data_root = data.find_root(args.dataset, args.data_root)
-    runs.check_free(folder, args.overwrite)
+    runs.check_free(folder, overwrite=args.overwrite)
     config = {"method": "linear_probe", **{name: value for name, value in vars(args).items() if name != "overwrite"},
               "sampler": "exact", "amp": "off", "test_split": "test"}
     train, val, test, class_names = data.load(args.dataset, args.data_root, args.shots, args.split_seed)
     if not val:
         raise ValueError(f"{args.dataset} has no validation images, on which the linear probe chooses its penalty")
     _lock = runs.lock(folder)                              # kept open until the end
+    runs.check_free(folder, overwrite=args.overwrite)      # why again: another process had the folder till now
     clip_model, _ = clip.load(args.model, args.device)
     train_features, val_features = (image_features(clip_model, items, args) for items in (train, val))
     c = search(*train_features, *val_features)
     model = LinearProbe(clip_model, class_names, *fit(*train_features, c, len(class_names)))
     counts = evaluate.test(model, test, args.dataset, workers=args.workers)
+    runs.remove(folder, ("last.pt", "log.jsonl", *runs.REPORTS))
     evaluate.report(folder, model, counts, config, started, c=c, train_images=len(train))
 
 

@@ -104,8 +104,6 @@ def test_base_to_new_has_the_mean_of_each_half_and_the_harmonic_mean_of_the_two(
     started.clear()
     run(tmp_path, "--classes", "base", "--methods", "coop", "--seeds", "1", "2")
     assert started == []
-    run(tmp_path, "--classes", "base", "--methods", "zero_shot")          # nothing is trained, so there is nothing
-    assert "harmonic mean" in capsys.readouterr().out
 
 
 def test_base_to_new_has_rows_of_its_own(capsys):
@@ -143,11 +141,16 @@ def test_a_table_of_ood_with_other_options_is_refused(name, value, complaint, st
         run(tmp_path, "--methods", "coop", "--seeds", "1")
 
 
-def test_the_linear_probe_has_the_draw_of_the_others(started, tmp_path, capsys):
+def test_options_are_the_same_for_all_rows_or_refused(started, tmp_path, capsys):
     run(tmp_path, "--methods", "linear_probe", "coop", "--seeds", "1", "--split-seed", "2")
     for command in started[0], started[1]:
         assert command[command.index("--split-seed") + 1] == "2"
     for options, complaint in ((["--sampler", "proportional"], "the linear probe has no --sampler"),
+                               (["--seed", "7"], "--seed would be the same for all rows and seeds"),
+                               (["--method=coop"], "--method would be the same"),
+                               (["--seeds", "1", "1"], "--seeds must differ"),
+                               (["--shots", "-1"], "--shots must not be negative"),
+                               (["--methods", "zero_shot"], "zero_shot is measured by the runs of another row"),
                                (["--test-split=val", "--classes", "base"], "--classes base has no --test-split")):
         with pytest.raises(SystemExit):
             compare.parse_args(options)

@@ -411,3 +411,8 @@ def test_ood_pictures_are_seeded_and_all_different(name):
     seen = {critters.ood_picture(name, index).tobytes() for index in range(12)}
     assert len(seen) == 12 and critters.ood_picture(name, 0).tobytes() in seen
     assert critters.ood_picture(name, critters.OOD_SIZE - 1).size == (critters.SIZE, critters.SIZE)
+
+
+def test_a_class_that_is_not_drawn_is_refused():
+    with pytest.raises(ValueError, match="critters/train/99/0: the drawn classes are 0 to 15"):
+        critters.read("critters/train/99/0")

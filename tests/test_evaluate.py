@@ -209,7 +209,7 @@ def test_what_is_no_run_is_named(tmp_path):
 @pytest.mark.parametrize("arguments, complaint", [
     ((), "name at least one RUN"), (("--dataset", "critters"), "name at least one RUN"),
     (("--images", "c.png"), "name at least one RUN"), (("a", "b", "--images", "c.png"), "exactly one RUN"),
-    (("a", "b", "--csv", "c.csv"), "exactly one RUN"), (("a", "--csv", "tests"), "--csv tests is a folder"),
+    (("a", "b", "--csv", "c.csv"), "exactly one RUN"), (("a", "--csv", ""), "--csv is empty"),
     (("a", "--dataset", "dtd", "--model", "tiny"), "with a RUN there is no use for --dataset, --model"),
     (("a", "--images", "c.png", "--split", "val", "--data-root", "d"), "no use for --split, --data-root"),
     (("--table", "runs", "--split", "val"), "with --table there is no use for --split"),

@@ -153,7 +153,12 @@ def test_a_run_is_not_replaced_unasked(left, trained, options, tmp_path):
     shutil.copy(trained / left, tmp_path)
     before = everything(tmp_path)
     message = error_of(train, *options, "--output-dir", tmp_path)
-    assert all(option in message for option in (str(tmp_path), "--resume", "--overwrite", "--output-dir"))
+    assert all(option in message for option in (str(tmp_path), "--overwrite", "--output-dir"))
+    if left == "last.pt":
+        assert "train.py --resume goes on with it" in message
+    else:                                                        # what was learned is gone, the result must not go too
+        message = error_of(train, *options, "--output-dir", tmp_path, "--resume")
+        assert "holds a run already, without a last.pt to go on from" in message
     assert everything(tmp_path) == before
 
 
@@ -209,6 +214,9 @@ def test_resume_takes_every_option_from_the_run(trained, tmp_path, capsys):
     with pytest.raises(SystemExit):
         script.parse_args(["--resume", str(trained), "--method", "gallop"])
     assert f"--resume {trained}: its method is sotglp, not gallop" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        script.parse_args(["--resume", str(trained), "--output-dir", "other"])
+    assert f"--resume {trained} goes on in this folder: leave out --output-dir other" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -278,7 +286,82 @@ def test_a_damaged_result_is_named_by_the_table(content, tmp_path):
     assert "there is no folder" in error_of(command, evaluate, "--table", tmp_path / "nothing")
 
 
+# ---- a result is not lost, and no wrong one is made ---------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["last.pt", "result.json", "evaluation-new.csv", "log.jsonl"])
+def test_csv_replaces_no_file_of_a_run(name, trained, tmp_path):
+    copy(trained, tmp_path)
+    before = everything(tmp_path)
+    for module in (evaluate, ood):
+        assert f"--csv {tmp_path / name} has the name of a file of a run" in error_of(
+            command, module, tmp_path, "--csv", tmp_path / name)
+        assert f"--csv {tmp_path} is a folder" in error_of(command, module, tmp_path, "--csv", tmp_path)
+    assert everything(tmp_path) == before
+
+
+def test_runs_at_different_epochs_are_not_averaged_and_an_unfinished_one_is_named(trained, tmp_path, capsys):
+    half = copy(trained, tmp_path / "half", epoch=1)
+    assert f"{half} is another kind of run than {trained}: it stands at epoch 1, the first one at epoch 3" in error_of(
+        command, evaluate, trained, half)
+    command(evaluate, half)
+    assert f"note: {half} is not finished: it stands at epoch 1 of 3" in capsys.readouterr().out
+
+
+def test_equal_runs_are_not_averaged(trained, tmp_path):
+    again = copy(trained, tmp_path / "again")
+    for runs_ in ((trained, again), (trained, trained)):
+        assert f"{runs_[1]} has the seeds of {trained}" in error_of(command, evaluate, *runs_)
+
+
+def test_a_run_that_ends_in_the_folder_meanwhile_is_not_replaced(trained, options, tmp_path, monkeypatch):
+    # a second command waits for the folder, and gets it when the first one has put its run there
+    lock = runs.lock
+    monkeypatch.setattr(runs, "lock", lambda folder: (copy(trained, folder), lock(folder))[1])
+    assert f"{tmp_path / 'run'} holds a run already" in error_of(train, *options, "--output-dir", tmp_path / "run")
+    assert read(tmp_path / "run")[0] == read(trained)[0]
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    def write(path):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=f"cannot write {tmp_path}/a.json: No space left on device"):
+        runs.write_whole(tmp_path / "a.json", write)
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_test(trained, monkeypatch):
+    monkeypatch.setattr(runs.os, "access", lambda folder, mode: False)
+    monkeypatch.setattr(runs, "build", None)                     # nothing is computed
+    for module in (evaluate, ood):
+        assert f"{trained} is read-only here" in error_of(command, module, trained)
+
+
+def test_too_many_prompts_are_too_much_memory(options, tmp_path):
+    message = error_of(train, *options, "--n-global", 10**9, "--output-dir", tmp_path / "run")
+    assert message.startswith("error: out of memory: ")
+
+
+def test_damaged_logs_and_results_say_what_to_do(trained, tmp_path):
+    copy(trained, tmp_path)
+    (tmp_path / "log.jsonl").write_text("{")
+    with pytest.raises(ValueError, match=f"log.jsonl is damaged: .*train.py --resume {tmp_path} writes it again"):
+        runs.read_log(tmp_path)
+    (tmp_path / "result.json").write_text("{")
+    assert f"remove it, and train.py --resume {tmp_path} tests the run again" in error_of(train, "--resume", tmp_path)
+
+
 # ---- typing errors -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("option", ["--output-dir", "--model", "--data-root"])
+def test_an_empty_text_does_not_count_as_nothing(option, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args([option, ""])
+    assert f"{option} is empty" in capsys.readouterr().err
+
+
+def test_fewer_workers_than_none_are_refused(trained):
+    assert "--workers must not be negative, got -1" in error_of(command, evaluate, trained, "--workers", -1)
+
 
 @pytest.mark.parametrize("option, complaint", [
     *((("--device", name), f"--device {name!r} is unknown") for name in ("foo", "", "mps")),

@@ -225,3 +225,21 @@ def test_white_lies_behind_what_is_transparent(tmp_path):
     palette.putpalette([10, 20, 30, 40, 50, 60])
     assert read(tmp_path, palette, "a.gif", transparency=0).tolist() == [[[255, 255, 255], [40, 50, 60]]]
     assert read(tmp_path, Image.new("CMYK", (1, 1), (0, 255, 255, 0)), "a.tif").tolist() == [[[255, 0, 0]]]
+
+
+def test_a_link_to_a_folder_above_is_not_followed(tmp_path):
+    picture(tmp_path / "cat/1.png")
+    picture(tmp_path / "dog/1.png")
+    (tmp_path / "cat/up").symlink_to(tmp_path)
+    (tmp_path / "cat/dogs").symlink_to(tmp_path / "dog")             # one to a folder beside it is
+    assert download.class_folders(tmp_path)["cat"] == [f"{tmp_path}/cat/1.png", f"{tmp_path}/cat/dogs/1.png"]
+
+
+def test_a_file_of_names_must_be_utf8_and_name_each_folder_once(tmp_path):
+    path = tmp_path / "classnames.txt"
+    path.write_text("a cat\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=f"{path} is no text in UTF-8: save it as such"):
+        data.read_names(path)
+    path.write_text("a cat\nb dog\na bird\n")
+    with pytest.raises(ValueError, match=f"{path} has two lines for 'a'"):
+        data.read_names(path)

@@ -282,6 +282,10 @@ def test_linear_probe_command_writes_the_result_of_train(pictures, clip_file, tm
     assert "accuracy 85.71 %" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="holds a run already"):
         linear_probe.main(linear_probe.parse_args(options))
+    (tmp_path / "probe/last.pt").touch()                                  # as if another method had trained here
+    (tmp_path / "probe/evaluation.json").touch()
+    linear_probe.main(linear_probe.parse_args([*options, "--overwrite"]))
+    assert {path.name for path in (tmp_path / "probe").iterdir()} == {"lock", "result.json", "per_class.csv"}
 
 
 def test_linear_probe_needs_validation_images(tmp_path, monkeypatch):

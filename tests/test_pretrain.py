@@ -677,3 +677,13 @@ def test_the_command_evaluates_instead(monkeypatch, args, split):
     (one, *_), (two, model, preprocess, seen), (three, *rest) = command(monkeypatch, "--evaluate", "tiny", *args)
     assert (one, two, three) == ("attributes", "benchmark", "ood") and rest == [model, preprocess, split, "benchmark"]
     assert seen == split and model.visual.resolution == 64
+
+
+def test_the_command_fails_before_it_draws(monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "--pool", 0)
+    assert "must be at least 1" in capsys.readouterr().err
+    command(monkeypatch, "--output", tmp_path / "new/tiny.pt.gz")
+    assert (tmp_path / "new").is_dir()                               # else the first save would fail
+    with pytest.raises(SystemExit, match="error: .*nothing.pt"):
+        command(monkeypatch, "--evaluate", tmp_path / "nothing.pt")

@@ -337,3 +337,9 @@ def test_a_sheet_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(critters, "sheet", lambda: Image.new("RGB", (4, 4)))
     with pytest.raises(SystemExit, match="error: .*missing"):
         critters.main(["--output", str(tmp_path / "missing" / "sheet.png")])
+
+
+def test_the_training_batch_has_no_other_split(capsys):
+    with pytest.raises(SystemExit):
+        visualize.parse_args(["a", "--batch", "--split", "val"])
+    assert "--images, --split and --class do not go with --batch" in capsys.readouterr().err
