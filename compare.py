@@ -409,7 +409,8 @@ def parse_args(argv=None):
     given = {option.partition("=")[0] for option in args.more}
     own = given & {"--method", "--recipe", "--seed", "--resume", "--overwrite"}
     if own:
-        parser.error(f"{', '.join(sorted(own))} would be the same for all rows and seeds: --methods and --seeds name those")
+        parser.error(f"{', '.join(sorted(own))} would be the same for all rows and seeds: --methods and --seeds name "
+                     "those")
     if len({*args.seeds}) < len(args.seeds) or min(args.shots) < 0 or args.methods == ["zero_shot"]:
         parser.error("--seeds must differ, --shots must not be negative, and zero_shot is measured by the runs of "
                      "another row")

@@ -255,7 +255,8 @@ def unseen_pictures(run, checkpoint, data_root=None, split="test", on=None, clas
     """
     config = checkpoint["config"]
     if checkpoint["epoch"] < config.get("epochs", 0):
-        print(f"note: {run} is not finished: it stands at epoch {checkpoint['epoch']} of {config['epochs']}", flush=True)
+        print(f"note: {run} is not finished: it stands at epoch {checkpoint['epoch']} of {config['epochs']}",
+              flush=True)
     dataset, trained = on or config["dataset"], {*checkpoint["training"]}
     root = data.find_root(dataset, data_root) if data_root else config["data_root"]
     if classes and config["classes"] != "base":

@@ -430,8 +430,10 @@ def test_resume_refuses_a_checkpoint_of_something_else(name, value, complaint, t
 
 @pytest.mark.parametrize("option, complaint", [
     (("--batch-size", 0), "--batch-size 0"), (("--amp", "fp16"), "fp16 needs a GPU"),
-    (("--n-support", 17), "keep 17 of 16 patches"), (("--epsilon", 1e-9), "--epsilon must be positive, and at least 1e-6"),
-    (("--prompt-dropout", 1.1), "--prompt-dropout must lie in"), (("--prompt-dropout", -0.1), "--prompt-dropout must be"),
+    (("--n-support", 17), "keep 17 of 16 patches"),
+    *((("--epsilon", value), "--epsilon must be positive, and at least 1e-6") for value in (0, 1e-9)),
+    (("--prompt-dropout", 1.1), "--prompt-dropout must lie in"),
+    (("--prompt-dropout", -0.1), "--prompt-dropout must be"),
     (("--shots", 5), "has 4 images, fewer than the 5 shots .*--shots 4 is the most .*--shots 0 takes all"),
     (("--shots", -1), "--shots must be a finite number and not negative"),
     (("--held-out", 0.5), "--held-out is for class folders alone, but .* has train and test"),
