@@ -314,7 +314,7 @@ def find_pictures(args, checkpoint):
     root = args.data_root or config["data_root"] if args.run else data.find_root(args.dataset, args.data_root)
     # why the OOD sets first: what is missing shows at once, while ImageNet's lists take their time
     outside = ood_sets(config["dataset"], root, args.ood_root)
-    test, class_names = (evaluate.unseen_pictures(args.run, checkpoint, root) if args.run else
+    test, class_names = (evaluate.unseen_pictures(args.run, checkpoint, args.data_root) if args.run else
                          data.load(config["dataset"], root, shots=0, seed=1)[2:])
     print(f"{args.run or 'zero-shot'}: model {config['model']}, ID {config['dataset']}, {len(test)} test images, OOD "
           + ", ".join(f"{name} {len(items)}" for name, items in outside.items())

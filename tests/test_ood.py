@@ -601,3 +601,13 @@ def test_chance_itself_is_no_warning(capsys):
     ood.show({"mcm": cells, "l_mcm": {"even": cells["even"]}}, {})
     warning, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert "on odd 49.9;" in warning and "paper" not in warning
+
+
+def test_a_run_on_critters_needs_no_folder_and_takes_none(capsys):
+    config = vars(train.parse_args([]))
+    checkpoint = {"config": config, "class_names": critters.class_names(), "training": [], "epoch": config["epochs"]}
+    sets, class_names = ood.find_pictures(ood.parse_args(["RUN", "--temperature", "1"]), checkpoint)
+    assert {name: len(items) for name, items in sets.items()} == {
+        "ID": 960, **dict.fromkeys(critters.OOD_SETS, critters.OOD_SIZE)} and class_names == critters.class_names()
+    with pytest.raises(ValueError, match="--data-root is not used for critters"):
+        ood.find_pictures(ood.parse_args(["RUN", "--temperature", "1", "--data-root", "somewhere"]), checkpoint)
