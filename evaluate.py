@@ -188,9 +188,13 @@ def load_run(run, device="cpu"):
 
 def load_pictures(config, data_root=None, classes=None):
     """What `data.load` gives for a run's configuration. data_root, classes: in place of the run's own."""
-    root = data.find_root(config["dataset"], data_root) if data_root else config["data_root"]
-    return data.load(config["dataset"], root, config["shots"], config["split_seed"],
+    return data.load(config["dataset"], root_of(config, data_root), config["shots"], config["split_seed"],
                      config["sampler"], config["held_out"], classes or config["classes"])
+
+
+def root_of(config, data_root=None, dataset=None):
+    """The folder of a run's dataset, or of another one: the one given, else the run's own."""
+    return data.find_root(dataset or config["dataset"], data_root) if data_root else config["data_root"]
 
 
 def evaluate_run(run, checkpoint, device, data_root=None, workers=0, split="test", csv_file=None, on=None,
@@ -246,32 +250,17 @@ def find(arguments):
 
 
 def unseen_pictures(run, checkpoint, data_root=None, split="test", on=None, classes=None):
-    """What a run is tested on, without the pictures that it was trained on -> items, class names.
+    """What a run is tested on, see `asked_pictures`, without the pictures that it was trained on -> items, class names.
 
-    Its own test or validation pictures, or those of another dataset (on), or the test pictures of the classes that a
-    run with --classes base lacks (classes "new").
-    why without: what is held out of a folder of one's own pictures is drawn from what the folder holds now, not then.
-    Says how many are left out. Raises ValueError where none are left, or the run's own classes are others now.
+    why: what is held out of a folder of one's own pictures is drawn from what the folder holds now, not then. Says how
+    many are left out, and where a run is not finished. Raises ValueError where no picture is left.
     """
-    config = checkpoint["config"]
+    config, trained = checkpoint["config"], {*checkpoint["training"]}
+    dataset, root = on or config["dataset"], root_of(config, data_root, on)
+    items, class_names = asked_pictures(run, checkpoint, data_root, split, on, classes)
     if checkpoint["epoch"] < config.get("epochs", 0):
         print(f"note: {run} is not finished: it stands at epoch {checkpoint['epoch']} of {config['epochs']}",
               flush=True)
-    dataset, trained = on or config["dataset"], {*checkpoint["training"]}
-    root = data.find_root(dataset, data_root) if data_root else config["data_root"]
-    if classes and config["classes"] != "base":
-        raise ValueError(f"{run} was trained on all classes: --classes new is for runs of train.py --classes base")
-    if on:                                                 # why 0 shots: no training images are needed
-        items, class_names = data.load(on, root, 0, config["split_seed"])[2:]
-        published = (data.DATASETS[on].sizes or [len(items)])[-1]
-        if len(items) != published:
-            print(f"note: {on} has {len(items)} test pictures here, {published} as published", flush=True)
-    else:
-        _, val, test, class_names = load_pictures(config, data_root)
-        runs.check_classes(run, checkpoint["class_names"], class_names)
-        items = choose(split, val, test)
-    if classes:
-        items, class_names = load_pictures(config, data_root, classes)[2:]
     if dataset != config["dataset"]:                       # why: equal names then do not mean equal pictures
         trained = set()
     elif dataset == "folder" and not trained:
@@ -284,6 +273,25 @@ def unseen_pictures(run, checkpoint, data_root=None, split="test", on=None, clas
     if not unseen:
         raise ValueError(f"{run} was trained on all pictures that are in its {split} part now")
     return unseen, class_names
+
+
+def asked_pictures(run, checkpoint, data_root, split, on, classes):
+    """A run's own test or validation pictures; on: those of another dataset; classes "new": of those that it lacks.
+
+    -> items, class names. Raises ValueError where the run's own classes are others now, or it lacks none.
+    """
+    config = checkpoint["config"]
+    if on:                                                 # why 0 shots: no training images are needed
+        items, class_names = data.load(on, root_of(config, data_root, on), 0, config["split_seed"])[2:]
+        published = (data.DATASETS[on].sizes or [len(items)])[-1]
+        if len(items) != published:
+            print(f"note: {on} has {len(items)} test pictures here, {published} as published", flush=True)
+        return items, class_names
+    if classes and config["classes"] != "base":
+        raise ValueError(f"{run} was trained on all classes: --classes new is for runs of train.py --classes base")
+    _, val, test, class_names = load_pictures(config, data_root)
+    runs.check_classes(run, checkpoint["class_names"], class_names)
+    return load_pictures(config, data_root, classes)[2:] if classes else (choose(split, val, test), class_names)
 
 
 def choose(split, val, test):
