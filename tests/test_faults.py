@@ -21,7 +21,7 @@ import evaluate
 import ood
 import runs
 import train as script
-from conftest import COLOURS, copy, random_clip, read, run, train
+from conftest import copy, random_clip, read, train
 
 
 def command(module, *arguments):
@@ -443,24 +443,6 @@ def test_out_of_memory_says_what_helps(options, tmp_path, monkeypatch):
 
 
 # ---- names and terminals -------------------------------------------------------------------------------------
-
-def test_a_name_is_the_same_in_every_locale(options, pictures, tmp_path):
-    root = tmp_path / "pictures"
-    for split in ("train", "test"):
-        for old, new in zip(COLOURS, ("b é", "crab 🦀", "wood")):
-            shutil.copytree(pictures / split / old, root / split / new)
-    options = (*options, "--data-root", root, "--epochs", 1)
-    process = run("train.py", *options, "--output-dir", tmp_path / "ascii", LC_ALL="C", PYTHONUTF8="0",
-                  PYTHONCOERCECLOCALE="0")
-    assert process.returncode == 0, process.stderr
-    train(*options, "--output-dir", tmp_path / "utf8")
-    ascii_run, utf8_run = (read(tmp_path / name) for name in ("ascii", "utf8"))
-    assert ascii_run[2]["class_names"] == utf8_run[2]["class_names"] == ["b é", "crab 🦀", "wood"]
-    assert ascii_run[1][0]["loss"] == utf8_run[1][0]["loss"]
-    command(evaluate, tmp_path / "ascii")
-    for name in ("per_class.csv", "evaluation.csv"):
-        assert (tmp_path / "ascii" / name).read_text(encoding="utf-8").splitlines()[2].startswith("1,crab 🦀,2,")
-
 
 def test_a_character_that_the_terminal_lacks_is_escaped(trained, pictures, tmp_path, monkeypatch):
     run = copy(trained, tmp_path, class_names=["b é", "crab 🦀", "wood"])

@@ -1,6 +1,7 @@
 """The real commands, run as a user runs them: each once. Their parts are tested in test_train.py and its like."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,14 +10,21 @@ import threading
 import pytest
 import torch
 
-from conftest import PROJECT, TORCHRUN, read, run, train
+from conftest import COLOURS, PROJECT, TORCHRUN, copy, read, run, train
+
+NAMES = ("b é", "crab 🦀", "wood")
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}     # a locale that lacks two of these names
 
 
-def test_a_killed_run_resumes_to_the_same_end(trained, options, tmp_path):
-    folder = tmp_path / "killed"
+def test_a_killed_run_resumes_to_the_same_end_in_another_locale(options, pictures, tmp_path):
+    root, folder = tmp_path / "pictures", tmp_path / "killed"
+    for split in ("train", "test"):
+        for old, new in zip(COLOURS, NAMES):
+            shutil.copytree(pictures / split / old, root / split / new)
+    options = (*options, "--data-root", root)
     command = [sys.executable, "train.py", *map(str, options), "--output-dir", str(folder)]
     process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+                               env={**os.environ, "OMP_NUM_THREADS": "1", **ASCII})
     limit = threading.Timer(120, process.kill)
     limit.start()
     for line in process.stdout:
@@ -26,18 +34,24 @@ def test_a_killed_run_resumes_to_the_same_end(trained, options, tmp_path):
     assert process.wait(timeout=60) == -signal.SIGKILL and limit.is_alive()
     limit.cancel()
     assert not (folder / "result.json").exists()
-    train(*options, "--output-dir", folder, "--resume")
-    (whole, log_whole, last_whole), (result, log, last) = read(trained), read(folder)
+    train(*options, "--output-dir", folder, "--resume")                  # in UTF-8, with the same names and pictures
+    train(*options, "--output-dir", tmp_path / "whole")
+    (whole, log_whole, last_whole), (result, log, last) = read(tmp_path / "whole"), read(folder)
     assert result["accuracy"] == whole["accuracy"] and [e["epoch"] for e in log] == [1, 2, 3]
-    assert log[-1]["loss"] == log_whole[-1]["loss"]
+    assert [e["loss"] for e in log] == [e["loss"] for e in log_whole] and last["class_names"] == [*NAMES]
     for name, tensor in last_whole["learned"].items():
         assert torch.equal(last["learned"][name], tensor)
+    assert (folder / "per_class.csv").read_text(encoding="utf-8").splitlines()[2].startswith("1,crab 🦀,2,")
 
 
-def test_evaluate_reads_a_run_and_names_pictures(trained, pictures):
-    process = run("evaluate.py", trained, "--device", "cpu", "--images", pictures / "test/sea/0.png")
+def test_evaluate_reads_a_run_and_names_pictures_in_any_locale(trained, pictures, tmp_path):
+    run_folder, picture = copy(trained, tmp_path / "run", class_names=[*NAMES]), pictures / "test/sea/0.png"
+    process = run("evaluate.py", run_folder, "--device", "cpu", "--images", picture, "--csv", tmp_path / "a.csv",
+                  **ASCII)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith(f"{pictures}/test/sea/0.png:  ")
+    assert process.stdout == f"wrote {tmp_path}/a.csv: 1 pictures\n"
+    line = (tmp_path / "a.csv").read_text(encoding="utf-8").splitlines()[1]
+    assert line.startswith(f"{picture},") and all(name in line for name in NAMES)
 
 
 @pytest.mark.cuda
