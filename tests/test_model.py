@@ -1,5 +1,6 @@
 """The towers: Eq. 2 by hand, the ordinary streams against torch's own attention, loading by name and shape."""
 
+import functools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 import clip
 from clip.model import CLIP, Block, build_model
 
-from conftest import random_clip
+from conftest import own_copy, random_clip
 
 
 def test_vv_attention_by_hand():
@@ -35,6 +36,11 @@ def test_vv_attention_by_hand():
 
 def uneven_clip():
     """A CLIP of towers that differ in width (one head, three heads) and depth; 9 patches, 12 tokens."""
+    return own_copy(drawn_uneven_clip())
+
+
+@functools.cache
+def drawn_uneven_clip():
     model = CLIP(24, 24, 8, 64, 1, 12, 49408, 192, 3)
     for name, p in model.named_parameters():
         p.data = ("ln_" in name and name.endswith("weight")) + 0.1 * torch.randn(p.shape)
