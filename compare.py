@@ -406,6 +406,18 @@ def parse_args(argv=None):
     unknown = {*args.methods} - {*args.rows}
     if unknown:
         parser.error(f"--methods has no row {', '.join(sorted(unknown))}: choose from {', '.join(args.rows)}")
+    check_more(parser, args)
+    # why absolute: the runs start in the folder of this program
+    args.output_dir = os.path.abspath(args.output_dir)
+    args.data_root = download.absolute(args.data_root or data.default_root())
+    args.model = os.path.abspath(args.model) if args.model and os.path.exists(args.model) else args.model
+    if args.ablations and "full" not in args.methods:
+        args.methods = ["full", *args.methods]             # why: the others are compared with it
+    return args
+
+
+def check_more(parser, args):
+    """Ends the program where rows, seeds and shots, or what goes to train.py, would spoil the table."""
     given = {option.partition("=")[0] for option in args.more}
     own = given & {"--method", "--recipe", "--seed", "--resume", "--overwrite"}
     if own:
@@ -419,13 +431,6 @@ def parse_args(argv=None):
         parser.error(f"the linear probe has no {', '.join(sorted(lacks))}: name the other rows by --methods")
     if "--test-split" in lacks and args.classes == "base":
         parser.error("--classes base has no --test-split: both halves of the classes are scored on their test pictures")
-    # why absolute: the runs start in the folder of this program
-    args.output_dir = os.path.abspath(args.output_dir)
-    args.data_root = download.absolute(args.data_root or data.default_root())
-    args.model = os.path.abspath(args.model) if args.model and os.path.exists(args.model) else args.model
-    if args.ablations and "full" not in args.methods:
-        args.methods = ["full", *args.methods]             # why: the others are compared with it
-    return args
 
 
 @runs.plain_errors("the same command goes on with what is missing")

@@ -197,58 +197,6 @@ def root_of(config, data_root=None, dataset=None):
     return data.find_root(dataset or config["dataset"], data_root) if data_root else config["data_root"]
 
 
-def evaluate_run(run, checkpoint, device, data_root=None, workers=0, split="test", csv_file=None, on=None,
-                 classes=None, amp=None):
-    """Scores a run on its own test or validation split -> the fields that evaluation.json gets.
-
-    csv_file: where `csv_row` of each image is written. on: another dataset, classes: "new", in place of its own. amp:
-    the precision; the run's own where None.
-    """
-    start = time.time()
-    config = checkpoint["config"]
-    runs.check_writable(run)
-    items, class_names = unseen_pictures(run, checkpoint, data_root, split, on, classes)
-    model = runs.build(run, checkpoint, device, class_names)
-    amp, asked = amp or runs.usable_amp(config["amp"], device), amp
-    if amp != config["amp"] and not asked:
-        print(f"note: {run} was trained in {config['amp']}, which needs a GPU; it is tested in float32", flush=True)
-    if amp in runs.HALF:
-        model.clip.store_matrices(runs.HALF[amp])
-    said = []
-    dataset, template = (on, None) if on else (config["dataset"], config["template"])
-    counts = test(model, items, dataset, amp, workers, template=template, said=said)
-    result = {**percentages(counts),
-              "calibration_error": 100 * calibration_error(said, [label for _, label, _ in items]),
-              "split": split, "test_images": int(counts.seen.sum()), "epoch": checkpoint["epoch"],
-              **{name: config[name] for name in ("method", "dataset", "model", "shots", "seed")}, "tested_on": dataset,
-              "precision": runs.precision(amp), "seconds": round(time.time() - start, 1)}
-    name = f"evaluation-{on or classes}" if on or classes else "evaluation"
-    runs.write_json(Path(run) / f"{name}.json", result)
-    write_per_class(Path(run) / f"{name}.csv", class_names, counts)
-    if csv_file:
-        rows = [csv_row(path, words, class_names, label) for (path, label, _), words in zip(items, said)]
-        runs.write_whole(csv_file, lambda path: write_csv(path, rows))
-    return result
-
-
-# ---- predictions for any pictures ----------------------------------------------------------------------------
-
-def find(arguments):
-    """Files and folders -> the files, with all pictures below the folders; then one line on each thing left out."""
-    paths, notes = [], []
-    for argument in arguments:
-        if not os.path.isdir(argument):
-            paths.append(argument)
-            continue
-        pictures, others = download.walk(argument)
-        paths += pictures
-        if not pictures:
-            notes.append(f"{argument}: no picture in this folder")
-        if others:
-            notes.append(f"{argument}: left out {download.kinds(others)}, not read as pictures, first {others[0]}")
-    return paths, notes
-
-
 def unseen_pictures(run, checkpoint, data_root=None, split="test", on=None, classes=None):
     """What a run is tested on, see `asked_pictures`, without the pictures that it was trained on -> items, class names.
 
@@ -299,6 +247,58 @@ def choose(split, val, test):
     if split == "val" and not val:
         raise ValueError("there are no validation pictures: all are trained on. Give --shots, or a folder val/")
     return {"val": val, "test": test}[split]
+
+
+def evaluate_run(run, checkpoint, device, data_root=None, workers=0, split="test", csv_file=None, on=None,
+                 classes=None, amp=None):
+    """Scores a run on its own test or validation split -> the fields that evaluation.json gets.
+
+    csv_file: where `csv_row` of each image is written. on: another dataset, classes: "new", in place of its own. amp:
+    the precision; the run's own where None.
+    """
+    start = time.time()
+    config = checkpoint["config"]
+    runs.check_writable(run)
+    items, class_names = unseen_pictures(run, checkpoint, data_root, split, on, classes)
+    model = runs.build(run, checkpoint, device, class_names)
+    amp, asked = amp or runs.usable_amp(config["amp"], device), amp
+    if amp != config["amp"] and not asked:
+        print(f"note: {run} was trained in {config['amp']}, which needs a GPU; it is tested in float32", flush=True)
+    if amp in runs.HALF:
+        model.clip.store_matrices(runs.HALF[amp])
+    said = []
+    dataset, template = (on, None) if on else (config["dataset"], config["template"])
+    counts = test(model, items, dataset, amp, workers, template=template, said=said)
+    result = {**percentages(counts),
+              "calibration_error": 100 * calibration_error(said, [label for _, label, _ in items]),
+              "split": split, "test_images": int(counts.seen.sum()), "epoch": checkpoint["epoch"],
+              **{name: config[name] for name in ("method", "dataset", "model", "shots", "seed")}, "tested_on": dataset,
+              "precision": runs.precision(amp), "seconds": round(time.time() - start, 1)}
+    name = f"evaluation-{on or classes}" if on or classes else "evaluation"
+    runs.write_json(Path(run) / f"{name}.json", result)
+    write_per_class(Path(run) / f"{name}.csv", class_names, counts)
+    if csv_file:
+        rows = [csv_row(path, words, class_names, label) for (path, label, _), words in zip(items, said)]
+        runs.write_whole(csv_file, lambda path: write_csv(path, rows))
+    return result
+
+
+# ---- predictions for any pictures ----------------------------------------------------------------------------
+
+def find(arguments):
+    """Files and folders -> the files, with all pictures below the folders; then one line on each thing left out."""
+    paths, notes = [], []
+    for argument in arguments:
+        if not os.path.isdir(argument):
+            paths.append(argument)
+            continue
+        pictures, others = download.walk(argument)
+        paths += pictures
+        if not pictures:
+            notes.append(f"{argument}: no picture in this folder")
+        if others:
+            notes.append(f"{argument}: left out {download.kinds(others)}, not read as pictures, first {others[0]}")
+    return paths, notes
 
 
 def predict(model, paths, top=5, batch_size=100):

@@ -311,7 +311,7 @@ def parse_args(argv=None):
 def find_pictures(args, checkpoint):
     """ID and OOD sets of a configuration -> {set: items}, class names; prints what was found and what looks wrong."""
     config = checkpoint["config"]
-    root = args.data_root or config["data_root"] if args.run else data.find_root(args.dataset, args.data_root)
+    root = evaluate.root_of(config, args.data_root) if args.run else data.find_root(args.dataset, args.data_root)
     # why the OOD sets first: what is missing shows at once, while ImageNet's lists take their time
     outside = ood_sets(config["dataset"], root, args.ood_root)
     test, class_names = (evaluate.unseen_pictures(args.run, checkpoint, args.data_root) if args.run else
