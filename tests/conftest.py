@@ -42,6 +42,62 @@ def seeded():
     torch.manual_seed(0)
 
 
+# ---- what is the user's stays the user's
+
+USERS = [PROJECT / folder for folder in ("runs", "data", "ablations")]
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir")
+noticed = []
+
+
+def touches(event, arguments):
+    """Whether an event of Python's audit hooks looks into a folder of the user's, or changes the project's folder.
+
+    A program that starts in the project's folder counts: its default folders would be the user's.
+    """
+    if event == "subprocess.Popen":
+        path, changes = arguments[2] or ".", True
+    elif event == "open":
+        path, changes = arguments[0], arguments[2] & WRITING
+    elif event in CHANGES or event in ("os.listdir", "os.scandir"):
+        path, changes = arguments[0] or ".", event in CHANGES
+    else:
+        return False
+    if isinstance(path, int):                           # an open file, noticed when it was opened
+        return False
+    path = Path(os.path.abspath(os.fsdecode(path)))
+    if not path.is_relative_to(PROJECT) or {"__pycache__", ".pytest_cache"} & {*path.parts}:
+        return False
+    return bool(changes) or any(path.is_relative_to(folder) for folder in USERS)
+
+
+def notice(event, arguments):
+    if touches(event, arguments):
+        noticed.append(f"{event} {arguments}")
+
+
+sys.addaudithook(notice)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def away_from_the_user(tmp_path_factory):
+    """Nothing that is named by default, a run, a data set or weights, is one of the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("away"))
+        patch.setenv("CLIP_CACHE", str(tmp_path_factory.mktemp("weights")))
+        patch.delenv("DATA_ROOT", raising=False)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path_factory, monkeypatch):
+    """A working directory for each test. What the test touches of the user's makes it fail."""
+    noticed.clear()
+    monkeypatch.chdir(tmp_path_factory.mktemp("test"))
+    yield
+    assert not noticed, f"this test touches the folder of the project: {noticed[0]}"
+
+
 # ---- a model
 
 def random_clip(seed=0, resolution=32, patch=8, layers=2):
@@ -146,9 +202,9 @@ def copy(run, folder, **changes):
 # ---- the commands
 
 def run(*command, timeout=120, **environment):
-    """Runs a command of the project from its folder -> the finished process, output as text."""
-    command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=timeout,
+    """Runs a command of the project in the test's own folder -> the finished process, output as text."""
+    command = [str(PROJECT / word) if str(word).endswith(".py") else str(word) for word in command]
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=timeout,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 

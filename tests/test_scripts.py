@@ -22,8 +22,8 @@ def test_a_killed_run_resumes_to_the_same_end_in_another_locale(options, picture
         for old, new in zip(COLOURS, NAMES):
             shutil.copytree(pictures / split / old, root / split / new)
     options = (*options, "--data-root", root)
-    command = [sys.executable, "train.py", *map(str, options), "--output-dir", str(folder)]
-    process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True,
+    command = [sys.executable, PROJECT / "train.py", *map(str, options), "--output-dir", folder]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1", **ASCII})
     limit = threading.Timer(120, process.kill)
     limit.start()
