@@ -2,19 +2,22 @@
 
     plan = argmin <plan, cost> - epsilon H(plan)   subject to   plan 1 = a,   plan^T 1 = b
 
-H(plan) = -sum_kl plan_kl (log plan_kl - 1) is the entropy. It is large where the mass is spread evenly, so a large
-epsilon gives an even plan and a small one a sparse plan. The solution has the form exp(f_k + g_l - cost_kl / epsilon).
-Sinkhorn's iteration (Cuturi, 2013) computes f so that the row sums are right, then g so that the column sums are
-right, and repeats. It works on f and g, the logarithms of the usual scaling factors: exp(-cost / epsilon) itself
-becomes 0 for a small epsilon, and then no factor can repair the sums.
+H(plan) = -sum_kl plan_kl (log plan_kl - 1) is the entropy. It is large where the mass is spread evenly, so a
+large epsilon gives an even plan and a small one a sparse plan. The solution is exp(-cost / epsilon), each row
+and each column multiplied by a factor. Sinkhorn's iteration (Cuturi, 2013) scales the rows so that they sum
+to a, then the columns so that they sum to b, and repeats. It works on the logarithms, the `score`: exp(-cost
+/ epsilon) itself becomes 0 for a small epsilon, and then no factor can repair the sums.
 
 Letters:  K kept patches (rows)   L local prompts (columns)   ... any number of problems, solved at once
           cost, plan: the paper's C and T   a, b: its marginals   epsilon: the entropy weight
 """
 
 import functools
+import math
 
 import torch
+
+NOTHING = -1e30     # the logarithm of no mass. why not -inf: a row in which all are -inf has no softmax
 
 
 def in_float32(function):
@@ -41,37 +44,67 @@ def _at_least_float32(value):
 def sinkhorn(cost, a=None, b=None, epsilon=0.1, n_iters=20):
     """The transport plan of each problem.  Eq. 9
 
-    cost (..., K, L); a (..., K) or (K,), b (..., L) or (L,): the marginals, uniform where None -> plan (..., K, L).
-    One iteration is two half-steps. The last one is on b: columns sum to b exactly, rows to a up to convergence.
+    cost (..., K, L), infinite where nothing may go; a (..., K) or (K,), b (..., L) or (L,): the marginals,
+    uniform where None -> plan (..., K, L), float32 at least.
+    One iteration is two half-steps, the last one on b: columns sum to b exactly, rows to a up to convergence.
     The result for a problem does not depend on the others. Gradients flow through all iterations.
-    Raises ValueError for epsilon <= 0, n_iters < 1, and marginals of another shape or of different mass.
+    Raises ValueError for epsilon <= 0, n_iters < 1, marginals of another length, and problems without a plan.
     """
-    if epsilon <= 0 or n_iters < 1:
-        raise ValueError(f"sinkhorn needs epsilon > 0 and n_iters >= 1, got epsilon={epsilon}, n_iters={n_iters}")
+    if not (epsilon > 0 and n_iters >= 1):
+        raise ValueError(f"sinkhorn needs epsilon > 0 and n_iters >= 1, got {epsilon=}, {n_iters=}")
+    cost = cost if cost.is_floating_point() else cost.float()
+    _check(cost, a, b)
+
     *problems, K, L = cost.shape
-    _check_marginals(a, b, K, L)
+    score = (-cost / epsilon).clamp(min=NOTHING)                                   # (..., K, L)
     # why: with the problems in the last, contiguous dimension each step reads whole rows of memory
-    score = (-cost / epsilon).movedim((-2, -1), (0, 1)).contiguous()               # (K, L, ...)
-    log_a = _log_marginal(a, K, problems, cost)                                    # (K, ...)
+    score = score.movedim((-2, -1), (0, 1)).contiguous()                           # (K, L, ...)
+    log_a = _log_marginal(a, K, problems, cost)[:, None]                           # (K, 1, ...)
     log_b = _log_marginal(b, L, problems, cost)                                    # (L, ...)
-    g = torch.zeros_like(log_b)
     for _ in range(n_iters):
-        f = log_a - torch.logsumexp(score + g, dim=1)                              # rows sum to a
-        g = log_b - torch.logsumexp(score + f[:, None], dim=0)                     # columns sum to b
-    return (score + f[:, None] + g).exp().movedim((0, 1), (-2, -1))                # (..., K, L)
+        score = score.log_softmax(dim=1) + log_a                                   # rows sum to a
+        score = score.log_softmax(dim=0) + log_b                                   # columns sum to b
+    return score.exp().movedim((0, 1), (-2, -1))                                   # (..., K, L)
 
 
 def _log_marginal(weights, count, problems, cost):
     """log of the weights, uniform where None, one per problem: (count, ...)."""
     if weights is None:
         weights = cost.new_full((count,), 1 / count)
-    return weights.to(cost).expand(*problems, count).movedim(-1, 0).log()
+    return weights.to(cost).log().clamp(min=NOTHING).expand(*problems, count).movedim(-1, 0)
 
 
-def _check_marginals(a, b, K, L):
-    for name, weights, count in (("a", a, K), ("b", b, L)):
+def _check(cost, a, b):
+    """Raises ValueError for marginals that do not fit the cost matrix, and for problems without a plan."""
+    if cost.dim() < 2 or 0 in cost.shape[-2:]:
+        raise ValueError(f"sinkhorn needs a cost matrix with rows and columns, got {tuple(cost.shape)}")
+    for name, weights, count in (("a", a, cost.shape[-2]), ("b", b, cost.shape[-1])):
         if weights is not None and weights.shape[-1] != count:
-            raise ValueError(f"marginal {name} has {weights.shape[-1]} entries, the cost matrix asks for {count}")
-    mass_a, mass_b = (torch.ones([]) if weights is None else weights.sum(-1) for weights in (a, b))
-    if ((mass_a - mass_b).abs() > 1e-4).any():
+            found = weights.shape[-1]
+            raise ValueError(f"marginal {name} has {found} entries, the cost matrix asks for {count}")
+
+    # why not in a training step on a GPU: to ask for a value is to wait until it has done all its work
+    is_asked = cost.device.type == "cpu" or a is not None or b is not None
+    if is_asked and not torch.compiler.is_compiling():
+        a = cost.new_ones(cost.shape[-2]) / cost.shape[-2] if a is None else a
+        b = cost.new_ones(cost.shape[-1]) / cost.shape[-1] if b is None else b
+        _check_plan(cost, a, b)
+
+
+def _check_plan(cost, a, b):
+    """Raises ValueError for values that leave no plan. cost (..., K, L), a (..., K), b (..., L)."""
+    for name, weights in (("a", a), ("b", b)):
+        if not ((weights >= 0) & weights.isfinite()).all():
+            raise ValueError(f"marginal {name} must hold finite numbers >= 0, got {weights}")
+    mass_a, mass_b = a.sum(-1), b.sum(-1)
+    if ((mass_a - mass_b).abs() > 1e-4 * mass_b).any():
         raise ValueError(f"the marginals differ in mass: a sums to {mass_a}, b to {mass_b}")
+
+    rows, columns = a[..., :, None] > 0, b[..., None, :] > 0                       # (..., K, 1), (..., 1, L)
+    open_cells = (cost != math.inf) & rows & columns                               # (..., K, L)
+    stranded_rows = rows & ~open_cells.any(-1, keepdim=True)
+    stranded_columns = columns & ~open_cells.any(-2, keepdim=True)
+    if stranded_rows.any() or stranded_columns.any():
+        raise ValueError("there is no plan: a row or column with mass has no finite cost")
+    if (cost == -math.inf).any():
+        raise ValueError("there is no plan: a cost is -inf")
