@@ -28,8 +28,8 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import transforms
 
-import critters
-import download
+from sources import critters
+from sources import files
 
 
 # ---- the datasets --------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def find_root(name, given=None):
     if given is not None and name == "critters":
         raise ValueError("--data-root is not used for critters, which are drawn: leave it out, or name other "
                          "data by --dataset; `folder` is for your own pictures")
-    return download.absolute(given or default_root())
+    return files.absolute(given or default_root())
 
 
 def template(name, given=None):
@@ -153,10 +153,10 @@ def load(name, root, shots, seed, sampler="exact", held_out=None, classes="all")
     for part, items in lists.items():
         # why not all: these list existing files, or draw their pictures
         there = name.startswith(("critters", "folder", "imagenet"))
-        gone = [] if there else download.missing(path for path, *_ in items)
+        gone = [] if there else files.missing(path for path, *_ in items)
         if gone:
             raise FileNotFoundError(f"{name}: {len(gone)} of {len(items)} {part} images missing, first: {gone[0]}\n"
-                                    + download.tree(name, DATASETS[name], root))
+                                    + files.tree(name, DATASETS[name], root))
     return *lists.values(), class_names
 
 
@@ -181,12 +181,12 @@ def read_lists(name, root, seed=1, held_out=None):
                **dict.fromkeys(VARIANTS, variant_lists)}
     row, read = DATASETS[name], readers.get(name, _split)
     try:
-        home, images = download.locate(row, root) if row.layouts else ("", "")
+        home, images = files.locate(row, root) if row.layouts else ("", "")
         parts = own_lists(images, seed, held_out) if name == "folder" else read(row, home, images)
         lists = dict(zip(PARTS, parts))
     except FileNotFoundError as error:
         what = f"there is no {error.filename}" if error.filename else error
-        raise FileNotFoundError(f"{name}: {what}\n" + download.tree(name, row, root)) from None
+        raise FileNotFoundError(f"{name}: {what}\n" + files.tree(name, row, root)) from None
     return lists, _class_names(name, lists)
 
 
@@ -240,7 +240,7 @@ def _aircraft(row, home, images):
 
 def split_matches_published(name, root):
     """Whether the split file is CoOp's, byte for byte; None where a dataset has no split file."""
-    return download.is_published(DATASETS[name], root)
+    return files.is_published(DATASETS[name], root)
 
 
 # ---- drawing few shots ---------------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def own_lists(root, seed, held_out=None):
     names = read_names(given) if os.path.exists(given) else {
         # why as UTF-8: a class must have the same name, and so the same tokens, whatever the locale is
         folder: re.sub("[_-]", " ", os.fsencode(folder).decode("utf-8", "replace"))
-        for folder in download.class_folders(parts["train"])}
+        for folder in files.class_folders(parts["train"])}
     if len(names) < 2:
         raise ValueError(f"1 class: {parts['train']} has one class folder, {min(names)!r}, and two or more are needed. "
                          "Is --data-root one level too high, or too low?")
@@ -344,7 +344,7 @@ def imagenet_lists(row, home, images):
 
 def variant_lists(row, home, images):
     """A variant of ImageNet -> train and val (empty), test. Folders are called by WordNet id, those of V2 by label."""
-    names, found = read_names(f"{home}/{row.lists[0]}"), download.class_folders(images)
+    names, found = read_names(f"{home}/{row.lists[0]}"), files.class_folders(images)
     if all(folder.isdigit() for folder in found):
         names = {str(label): names[wnid] for label, wnid in enumerate(sorted(names))}
         return [], [], class_items(images, names, key=int)
@@ -358,7 +358,7 @@ def variant_lists(row, home, images):
 
 def class_items(folder, names, key=None):
     """Items of folder/<class>/; the label is the class folder's rank, by key, in `names`: {class folder: name}."""
-    found = download.class_folders(folder)
+    found = files.class_folders(folder)
     if set(found) != set(names):
         unmatched = sorted(set(found) ^ set(names))
         raise ValueError(f"{len(names)} class names for {len(found)} class folders in {folder}; "
@@ -391,12 +391,12 @@ def lines(path):
 def remarks(root):
     """What one should know of a folder of one's own pictures, as lines: what is left out, and why; what the test is."""
     parts = layout(root)
-    used = {path for part in parts.values() for paths in download.class_folders(part).values() for path in paths}
-    pictures, others = download.walk(root)
+    used = {path for part in parts.values() for paths in files.class_folders(part).values() for path in paths}
+    pictures, others = files.walk(root)
     others = [path for path in others if path != os.path.join(root, NAMES)]
     beside = [path for path in pictures if path not in used]
-    lines = [f"left out: {download.kinds(others)}, not read as pictures, first {others[0]}"] if others else []
-    lines += [f"left out: {download.kinds(beside)}, outside of the class folders, first {beside[0]}"] if beside else []
+    lines = [f"left out: {files.kinds(others)}, not read as pictures, first {others[0]}"] if others else []
+    lines += [f"left out: {files.kinds(beside)}, outside of the class folders, first {beside[0]}"] if beside else []
     return lines + ["no folder test/: val/ is the test"] * ("val" in parts and "test" not in parts)
 
 
@@ -405,7 +405,7 @@ def check_pictures(items, rank=0, world=1):
 
     why before training: else it would end at the first one, minutes or hours later. Each process reads its share.
     """
-    faults = download.unreadable([path for path, *_ in items[rank::world]], lambda path: read_image(path, own=True))
+    faults = files.unreadable([path for path, *_ in items[rank::world]], lambda path: read_image(path, own=True))
     if faults:
         shown = faults[:20] + [f"and {len(faults) - 20} more"] * (len(faults) > 20)
         raise ValueError(f"{len(faults)} of {len(items)} pictures cannot be read: replace or remove them\n"
@@ -578,14 +578,14 @@ def parse_args(argv=None):
 
 def main(args):
     """Downloads what is missing where that is asked for, checks all; exits with 1 where anything is not as expected."""
-    name, root = args.dataset, download.absolute(args.data_root)
+    name, root = args.dataset, files.absolute(args.data_root)
     try:
         if args.download:
-            download.download(name, DATASETS[name], root)
+            files.download(name, DATASETS[name], root)
         lists = read_lists(name, root)
         for line in remarks(root) if name == "folder" else ():
             print(line)
-        fine = download.check(name, DATASETS[name], root, *lists, functools.partial(read_image, own=name == "folder"))
+        fine = files.check(name, DATASETS[name], root, *lists, functools.partial(read_image, own=name == "folder"))
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     sys.exit(not fine)

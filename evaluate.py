@@ -35,8 +35,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import data
-import download
-import runs
+from sources import files
+from harness import machine, runs
 from methods import released
 from sotglp import global_logits, project, unit
 
@@ -83,15 +83,15 @@ def count_right(model, loader, zero_shot_text, said=None):
 def test(model, items, dataset, amp="off", workers=0, rank=0, world=1, template=None, said=None):
     """Scores a test split once, each image on one of the processes -> Counts over all of them.
 
-    amp: the precision of the towers; `runs.usable_amp` says which one a device has. template: in place of the dataset's
+    amp: the precision of the towers; `machine.usable_amp` says which one a device has. template: in place of the dataset's
     own. said: as in `count_right`, of this process's images.
     """
     device, preprocess = model.clip.logit_scale.device, clip.preprocess(model.clip.visual.resolution)
     pictures = data.Pictures(items, preprocess, own=dataset == "folder")
     loader = data.test_loader(pictures, EVAL_BATCH, workers, device, rank, world)
-    with runs.autocast(amp, device):
+    with machine.autocast(amp, device):
         text = zero_shot_text(model.clip, model.class_names, data.template(dataset, template))
-        counts = count_right(model, runs.progress(loader, "test", rank), text, said)
+        counts = count_right(model, machine.progress(loader, "test", rank), text, said)
     if world > 1:
         for numbers in (*counts.right.values(), counts.seen):
             dist.all_reduce(numbers)
@@ -124,19 +124,19 @@ def write_per_class(path, class_names, counts):
             for label, (name, n) in enumerate(zip(class_names, counts.seen.tolist())):
                 cells = [f"{100 * right[label].item() / n:.2f}" if n else "" for right in counts.right.values()]
                 table.writerow([label, name, n, *cells])
-    runs.write_whole(path, write)
+    machine.write_whole(path, write)
 
 
 def report(folder, model, counts, config, started, **more):
     """Writes result.json and per_class.csv of a run that began at `started`, and prints the accuracies."""
     figures = {**percentages(counts), "split": config["test_split"], "test_images": int(counts.seen.sum()),
                "learned_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-               "threads": torch.get_num_threads(), "precision": runs.precision(config["amp"]),
+               "threads": torch.get_num_threads(), "precision": machine.precision(config["amp"]),
                "seconds": round(time.time() - started, 1), **more}
     named = {name: config[name] for name in ("method", "recipe", "dataset", "model", "shots", "seed", "split_seed")
              if name in config}                          # why: one method alone has a choice of recipes
     write_per_class(folder / "per_class.csv", model.class_names, counts)
-    runs.write_json(folder / "result.json", {**figures, **named, "config": config, "versions": runs.versions()})
+    machine.write_json(folder / "result.json", {**figures, **named, "config": config, "versions": machine.versions()})
     written = [name for name in ("result.json", "per_class.csv", "log.jsonl", "last.pt") if (folder / name).exists()]
     print(f"{accuracies_line(figures)}, {figures['seconds']:.0f} s\nwrote {folder}/{', '.join(written)}")
 
@@ -258,14 +258,14 @@ def evaluate_run(run, checkpoint, device, data_root=None, workers=0, split="test
     """
     start = time.time()
     config = checkpoint["config"]
-    runs.check_writable(run)
+    machine.check_writable(run)
     items, class_names = unseen_pictures(run, checkpoint, data_root, split, on, classes)
     model = runs.build(run, checkpoint, device, class_names)
-    amp, asked = amp or runs.usable_amp(config["amp"], device), amp
+    amp, asked = amp or machine.usable_amp(config["amp"], device), amp
     if amp != config["amp"] and not asked:
         print(f"note: {run} was trained in {config['amp']}, which needs a GPU; it is tested in float32", flush=True)
-    if amp in runs.HALF:
-        model.clip.store_matrices(runs.HALF[amp])
+    if amp in machine.HALF:
+        model.clip.store_matrices(machine.HALF[amp])
     said = []
     dataset, template = (on, None) if on else (config["dataset"], config["template"])
     counts = test(model, items, dataset, amp, workers, template=template, said=said)
@@ -273,13 +273,13 @@ def evaluate_run(run, checkpoint, device, data_root=None, workers=0, split="test
               "calibration_error": 100 * calibration_error(said, [label for _, label, _ in items]),
               "split": split, "test_images": int(counts.seen.sum()), "epoch": checkpoint["epoch"],
               **{name: config[name] for name in ("method", "dataset", "model", "shots", "seed")}, "tested_on": dataset,
-              "precision": runs.precision(amp), "seconds": round(time.time() - start, 1)}
+              "precision": machine.precision(amp), "seconds": round(time.time() - start, 1)}
     name = f"evaluation-{on or classes}" if on or classes else "evaluation"
-    runs.write_json(Path(run) / f"{name}.json", result)
+    machine.write_json(Path(run) / f"{name}.json", result)
     write_per_class(Path(run) / f"{name}.csv", class_names, counts)
     if csv_file:
         rows = [csv_row(path, words, class_names, label) for (path, label, _), words in zip(items, said)]
-        runs.write_whole(csv_file, lambda path: write_csv(path, rows))
+        machine.write_whole(csv_file, lambda path: write_csv(path, rows))
     return result
 
 
@@ -292,12 +292,12 @@ def find(arguments):
         if not os.path.isdir(argument):
             paths.append(argument)
             continue
-        pictures, others = download.walk(argument)
+        pictures, others = files.walk(argument)
         paths += pictures
         if not pictures:
             notes.append(f"{argument}: no picture in this folder")
         if others:
-            notes.append(f"{argument}: left out {download.kinds(others)}, not read as pictures, first {others[0]}")
+            notes.append(f"{argument}: left out {files.kinds(others)}, not read as pictures, first {others[0]}")
     return paths, notes
 
 
@@ -354,7 +354,7 @@ def name_files(model, arguments, csv_file=None, batch_size=100, workers=0):
     """
     paths, notes = find(arguments)
     rows, faults = [], []
-    progress = functools.partial(runs.progress, label="pictures") if csv_file else iter
+    progress = functools.partial(machine.progress, label="pictures") if csv_file else iter
     for path, said in predictions(model, paths, batch_size=batch_size, workers=workers, progress=progress):
         if isinstance(said, ValueError):
             faults.append(said)
@@ -363,7 +363,7 @@ def name_files(model, arguments, csv_file=None, batch_size=100, workers=0):
         if not csv_file:
             print(f"{path}:  " + "   ".join(f"{p:.1%} {model.class_names[label]}" for label, p in said[0]), flush=True)
     if csv_file and rows:
-        runs.write_whole(csv_file, lambda temporary: write_csv(temporary, rows))
+        machine.write_whole(csv_file, lambda temporary: write_csv(temporary, rows))
         print(f"wrote {csv_file}: {len(rows)} pictures", flush=True)
     for line in (*notes, *faults):
         print(line, file=sys.stderr)
@@ -575,18 +575,18 @@ def base_new_cells(pairs):
 
 def zero_shot(args):
     """The hand-written template on a dataset's test split, beside the published value where there is one."""
-    name = clip.full_name(args.model or runs.default_model(args.dataset))
+    name = clip.full_name(args.model or machine.default_model(args.dataset))
     template, root = data.template(args.dataset, args.template), data.find_root(args.dataset, args.data_root)
     *_, items, class_names = data.load(args.dataset, root, shots=0, seed=1)
     model, preprocess = clip.load(name, args.device, args.activation or "quickgelu")
-    amp, right = args.amp or runs.default_amp(args.device), 0
-    if amp in runs.HALF:
-        model.store_matrices(runs.HALF[amp])
+    amp, right = args.amp or machine.default_amp(args.device), 0
+    if amp in machine.HALF:
+        model.store_matrices(machine.HALF[amp])
     pictures = data.Pictures(items, preprocess, own=args.dataset == "folder")
     loader = data.test_loader(pictures, EVAL_BATCH, args.workers, args.device)
-    with torch.no_grad(), runs.autocast(amp, args.device):
+    with torch.no_grad(), machine.autocast(amp, args.device):
         text = zero_shot_text(model, class_names, template)
-        for images, labels in runs.progress(loader, "test"):
+        for images, labels in machine.progress(loader, "test"):
             scores = global_logits(unit(model.encode_image(images.to(args.device))), text[:, None], 1.0)      # (B, C)
             right += int((scores.argmax(1).cpu() == labels).sum())
     published = data.DATASETS[args.dataset].zero_shot
@@ -613,9 +613,9 @@ def parse_args(argv=None):
     add("--template", metavar="TEXT", help="for --zero-shot: a prompt with {} for the class name (the dataset's own)")
     add("--data-root", help="folder of the datasets; for `folder` that of your pictures (the run's own, else "
         "$DATA_ROOT, else ./data)")
-    add("--device", default=runs.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
+    add("--device", default=machine.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
     add("--workers", type=int, help="processes that read pictures (up to 8 on CUDA, 0 on CPU)")
-    add("--amp", choices=("off", *runs.HALF),
+    add("--amp", choices=("off", *machine.HALF),
         help="mixed precision (a run's own; for --zero-shot fp16 on CUDA, off on CPU)")
     args = parser.parse_args(argv)
     if not (args.runs or args.zero_shot or args.table):
@@ -633,16 +633,16 @@ def parse_args(argv=None):
         parser.error(f"with {mode} there is no use for {', '.join(names)}")
     if (args.images or args.csv) and len(args.runs) != 1:
         parser.error("--images and --csv go with exactly one RUN")
-    runs.refuse_empty(parser, args)
+    machine.refuse_empty(parser, args)
     args.split, args.dataset = args.split or "test", args.dataset or "critters"
-    args.workers = runs.default_workers(args.device) if args.workers is None else args.workers
+    args.workers = machine.default_workers(args.device) if args.workers is None else args.workers
     return args
 
 
-@runs.plain_errors()
+@machine.plain_errors()
 def main(args):
     """Zero-shot accuracy, the paper's tables, one's own pictures, or the accuracies of runs."""
-    runs.check_device(args.device, args.amp or "off")
+    machine.check_device(args.device, args.amp or "off")
     if args.csv:
         runs.check_csv(args.csv)
         Path(args.csv).parent.mkdir(parents=True, exist_ok=True)

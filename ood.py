@@ -21,11 +21,11 @@ import clip  # before torch: it bounds how long torch's threads wait
 
 import torch
 
-import critters
+from sources import critters
 import data
 import evaluate
-import runs
-from download import absolute, walk
+from harness import machine, runs
+from sources.files import absolute, walk
 from methods import released
 from sotglp import mean_cosines, project
 
@@ -200,7 +200,7 @@ def score_sets(sets, class_names, clip_model, model, args, own=False):
         loader = data.test_loader(pictures, evaluate.EVAL_BATCH, args.workers, args.device)
         batches, classes = zip(*(confidences(clip_model, images.to(args.device), text, model, prompts,
                                              args.temperature, args.local_weight)
-                                 for images, _ in runs.progress(loader, name)))
+                                 for images, _ in machine.progress(loader, name)))
         scores[name] = {row: torch.cat([batch[row] for batch in batches]).cpu() for row in batches[0]}
         predicted[name] = torch.cat(classes).cpu()
     return scores, predicted
@@ -285,13 +285,13 @@ def parse_args(argv=None):
     add("--local-weight", type=float, default=1.0, help="of L-MCM in GL-MCM; 1 for SOT-GLP, GalLoP and LoCoOp, 0.5 in "
         "GL-MCM's own ImageNet script (%(default)s)")
     add("--csv", metavar="FILE", help="path, set, GL-MCM score and predicted class of every picture: sort by score")
-    add("--device", default=runs.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
+    add("--device", default=machine.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
     add("--workers", type=int, help="processes that read pictures (up to 8 on CUDA, 0 on CPU)")
-    add("--amp", choices=("off", *runs.HALF), help="mixed precision of the towers (fp16 on CUDA, off on CPU)")
+    add("--amp", choices=("off", *machine.HALF), help="mixed precision of the towers (fp16 on CUDA, off on CPU)")
     args = parser.parse_args(argv)
-    runs.refuse_empty(parser, args)
-    args.workers = runs.default_workers(args.device) if args.workers is None else args.workers
-    args.amp = args.amp or runs.default_amp(args.device)
+    machine.refuse_empty(parser, args)
+    args.workers = machine.default_workers(args.device) if args.workers is None else args.workers
+    args.amp = args.amp or machine.default_amp(args.device)
     if bool(args.run) == args.zero_shot:
         parser.error("name either a RUN or --zero-shot --dataset NAME")
     if args.run and (args.dataset or args.model):
@@ -325,17 +325,17 @@ def find_pictures(args, checkpoint):
     return sets, class_names
 
 
-@runs.plain_errors()
+@machine.plain_errors()
 def main(args):
     """Finds the pictures, scores each once, prints the table and writes it."""
     start = time.time()
-    runs.check_device(args.device, args.amp)
+    machine.check_device(args.device, args.amp)
     if args.run:
-        runs.check_writable(args.run)
+        machine.check_writable(args.run)
     if args.csv:
         runs.check_csv(args.csv)
     checkpoint = runs.read_checkpoint(args.run) if args.run else {"config": {
-        "dataset": args.dataset, "model": clip.full_name(args.model or runs.default_model(args.dataset)),
+        "dataset": args.dataset, "model": clip.full_name(args.model or machine.default_model(args.dataset)),
         "method": "zero-shot", "shots": 0}}
     config = checkpoint["config"]
     if args.temperature is None:
@@ -345,22 +345,22 @@ def main(args):
         Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
     model = runs.build(args.run, checkpoint, args.device) if args.run else None
     clip_model = model.clip if model else clip.load(config["model"], args.device)[0]
-    if args.amp in runs.HALF:
-        clip_model.store_matrices(runs.HALF[args.amp])
-    with runs.autocast(args.amp, args.device):
+    if args.amp in machine.HALF:
+        clip_model.store_matrices(machine.HALF[args.amp])
+    with machine.autocast(args.amp, args.device):
         scores, predicted = score_sets(sets, class_names, clip_model, model, args, own=config["dataset"] == "folder")
     table, paper = measure(scores), paper_rows(config, sets)
 
     show(table, paper)
     if args.run:
-        runs.write_json(Path(args.run) / "ood.json", {
+        machine.write_json(Path(args.run) / "ood.json", {
             **{name: config[name] for name in ("method", "dataset", "model")}, "temperature": args.temperature,
-            "local_weight": args.local_weight, "precision": runs.precision(args.amp),
+            "local_weight": args.local_weight, "precision": machine.precision(args.amp),
             "images": {name: len(items) for name, items in sets.items()},
             "table": table, "paper_table_3": paper, "seconds": round(time.time() - start, 1)})
     if args.csv:
         row = [*table][-1] if model else "zero_shot_gl_mcm"
-        runs.write_whole(args.csv, lambda path: write_csv(path, sets, scores, predicted, row, class_names))
+        machine.write_whole(args.csv, lambda path: write_csv(path, sets, scores, predicted, row, class_names))
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-import download
+from sources import files
 import evaluate
-import runs
+from harness import machine, runs
 from methods import HELP, METHODS, OPTIONS, promptot, released
 
 
@@ -53,7 +53,7 @@ def parse_args(argv=None):
     known, _ = first.parse_known_args(argv)
     saved = {}
     if isinstance(known.resume, str):
-        with runs.plain_errors():
+        with machine.plain_errors():
             saved = {**runs.read_checkpoint(known.resume)["config"], "output_dir": known.resume}
     parser = make_parser(saved.get("method", known.method))
     if known.recipe == "released":
@@ -63,20 +63,20 @@ def parse_args(argv=None):
         parser.error(f"--resume {known.resume}: its method is {saved['method']}, not {args.method}")
     if saved and Path(args.output_dir) != Path(known.resume):
         parser.error(f"--resume {known.resume} goes on in this folder: leave out --output-dir {args.output_dir}")
-    runs.refuse_empty(parser, args)
+    machine.refuse_empty(parser, args)
     if unknown:
         parser.error(f"{args.method} has no {' '.join(unknown)}: --method {args.method} --help lists what it has")
-    args.model = clip.full_name(args.model or runs.default_model(args.dataset))
-    args.amp = args.amp or runs.default_amp(args.device)
+    args.model = clip.full_name(args.model or machine.default_model(args.dataset))
+    args.amp = args.amp or machine.default_amp(args.device)
     if not saved:
-        with runs.plain_errors():
+        with machine.plain_errors():
             args.data_root = data.find_root(args.dataset, args.data_root)
-    args.data_root = download.absolute(args.data_root)
+    args.data_root = files.absolute(args.data_root)
     if args.warmup_epochs < math.inf:                    # else check_args refuses it
         args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
     args.output_dir = str(args.output_dir or runs.folder_name(args.method, args.dataset, args.shots, args.seed,
                                                               args.classes))
-    args.workers = runs.default_workers(args.device) if args.workers is None else args.workers
+    args.workers = machine.default_workers(args.device) if args.workers is None else args.workers
     return args
 
 
@@ -122,7 +122,7 @@ def make_parser(method):
     add("--weight-decay", type=float, default=recipe["weight_decay"], help="acts on all that is learned (%(default)s)")
     add = parser.add_argument_group("machine").add_argument
     add("--amp", choices=("off", "fp16", "bf16"), help="mixed precision (fp16 on CUDA, off on CPU; bf16 also on CPU)")
-    add("--device", default=runs.default_device(),
+    add("--device", default=machine.default_device(),
         help="cpu or cuda; with torchrun each process takes its own GPU (%(default)s)")
     add("--workers", type=int, help="processes that read pictures, per process (up to 8 on CUDA, 0 on CPU)")
     add("--cache-features", action="store_true",
@@ -156,7 +156,7 @@ def make_parser(method):
 
 def check_args(args, world):
     """Raises ValueError for options that cannot work, alone or together, before any long work starts."""
-    runs.check_device(args.device, args.amp)
+    machine.check_device(args.device, args.amp)
     for name in ("lr", "weight_decay", "epsilon", "lambda_local", "lambda_entropy", "lambda_transport", "warmup_epochs",
                  "prompt_dropout", "workers", "shots"):
         if not 0 <= getattr(args, name, 0) <= torch.finfo(torch.float32).max:
@@ -222,7 +222,7 @@ def start_processes(args):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if world > 1 else device
         torch.cuda.set_device(device)                    # why: what names no GPU, result.json among it, means this one
     if world > 1:
-        runs.end_with_parent()
+        machine.end_with_parent()
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=60))
     return rank, world, device
 
@@ -254,8 +254,8 @@ def set_up(args, rank, world, device):
                             for part, items in (("training", train_set), ("test", test_set))},
                    "training": [runs.below(path, args.data_root) for path, *_ in train_set],
                    "threads": torch.get_num_threads()}
-    if args.amp in runs.HALF:
-        clip_model.store_matrices(runs.HALF[args.amp])
+    if args.amp in machine.HALF:
+        clip_model.store_matrices(machine.HALF[args.amp])
     run = Run(args, rank, world, device, train_set, test_set, published, preprocess, model, optimizer, scaler,
               fingerprint, started)
     if rank == 0:
@@ -305,7 +305,7 @@ def announce(run):
           f"{len(run.train_set)} training and {len(run.test_set)} {args.test_split} images; "
           f"{run.world} process{'es' * (run.world > 1)} on "
           f"{run.device.type}, {threads} thread{'s' * (threads > 1)}{' each' * (run.world > 1)}, "
-          f"precision {runs.precision(args.amp)}, writing to {run.folder}")
+          f"precision {machine.precision(args.amp)}, writing to {run.folder}")
     print("  ".join(f"{name}={value}" for name, value in sorted(run.fingerprint["config"].items())))
     for line in data.remarks(args.data_root) if args.dataset == "folder" else ():
         print(line)
@@ -339,11 +339,11 @@ class CachedFeatures:
         loader = data.test_loader(pictures, evaluate.EVAL_BATCH, run.args.workers, run.device)
         n, P, W = len(pictures), len(tower.positional_embedding) - 1, len(tower.proj)
         # why reserved: autocast returns float32, which must not pile up, and joining batches would take it all twice
-        dtype = runs.HALF.get(run.args.amp, torch.float32)
+        dtype = machine.HALF.get(run.args.amp, torch.float32)
         self.cls, self.patches = (torch.empty(shape, dtype=dtype, device=run.device) for shape in ((n, W), (n, P, W)))
         self.batches, self.labels, done = batches, torch.empty(n, dtype=torch.int64, device=run.device), 0
-        for images, labels in runs.progress(loader, "features", run.rank):
-            with runs.autocast(run.args.amp, run.device):
+        for images, labels in machine.progress(loader, "features", run.rank):
+            with machine.autocast(run.args.amp, run.device):
                 cls, patches = run.model.clip.encode_patches(images.to(run.device), run.model.stream)
             here = slice(done, done := done + len(images))
             self.cls[here], self.patches[here], self.labels[here] = cls, patches, labels
@@ -376,13 +376,13 @@ def train_epoch(run, network, batches, epoch):
     draws = torch.Generator().manual_seed((args.seed * 100_003 + epoch) % 2**63)
     n_steps = math.ceil(len(run.train_set) / args.batch_size)
     network.train()
-    for step, (images, labels) in zip(runs.progress(range(n_steps), f"epoch {epoch + 1}", run.rank), batches):
+    for step, (images, labels) in zip(machine.progress(range(n_steps), f"epoch {epoch + 1}", run.rank), batches):
         run.optimizer.param_groups[0]["lr"] = learning_rate(epoch + (step + 0.5) / n_steps, args)
         n_batch = min(args.batch_size, len(run.train_set) - step * args.batch_size)   # images of this step, all ranks
         drawn = model.draw(n_batch, draws)               # why for all ranks: each takes the rows of its own images
         drawn = None if drawn is None else drawn[run.rank::run.world]
         images, labels, drawn = (to_device(part, run.device) for part in (images, labels, drawn))
-        with runs.autocast(args.amp, run.device):
+        with machine.autocast(args.amp, run.device):
             outputs = network(images, drawn)
         loss, terms = model.loss(outputs, labels, n_batch)
         run.optimizer.zero_grad(set_to_none=True)
@@ -421,7 +421,7 @@ def diagnose(run, images, labels):
     """What the method says of the last batch after its step, as means over the images of all ranks: {name: number}."""
     if not hasattr(run.model, "diagnostics"):
         return {}
-    with runs.autocast(run.args.amp, run.device):
+    with machine.autocast(run.args.amp, run.device):
         values = run.model.diagnostics(images, labels)                             # {name: (b,)}, this rank's images
     sums = torch.stack([torch.ones_like(labels, dtype=torch.float32), *values.values()]).sum(dim=1)
     if run.world > 1:
@@ -459,14 +459,14 @@ def save_checkpoint(run):
     clip.check_finite(learned, f"epoch {run.epochs_done}: training failed, try a smaller --lr, or --amp off")
     checkpoint = {"learned": learned, "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
                   **run.fingerprint, "epoch": run.epochs_done, "seconds": time.time() - run.started, "log": run.log}
-    runs.write_whole(run.folder / "last.pt", lambda path: torch.save(checkpoint, path))
+    machine.write_whole(run.folder / "last.pt", lambda path: torch.save(checkpoint, path))
     if run.epochs_done == 1:
         runs.remove(run.folder)
 
 
 def write_log(run):
     """log.jsonl, whole, as last.pt has it."""
-    runs.write_text(run.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in run.log))
+    machine.write_text(run.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in run.log))
 
 
 # ---- report --------------------------------------------------------------------------------------------------
@@ -491,7 +491,7 @@ def report_finished(run):
         dist.destroy_process_group()
 
 
-@runs.plain_errors("--resume goes on after the last epoch that was finished")
+@machine.plain_errors("--resume goes on after the last epoch that was finished")
 def main(args):
     """A run from its options to its result: set up, train epoch by epoch, test once."""
     check_args(args, int(os.environ.get("WORLD_SIZE", 1)))

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import compare
-import critters
+from extras import compare
+from sources import critters
 import evaluate
-import methods.linear_probe
+from extras import linear_probe
 import train as script
 from conftest import copy, read
 
@@ -25,9 +25,9 @@ def started(monkeypatch):
     commands = []
 
     def pretend(command, cwd, stdout, stderr, env):
-        _, name, *options = command
+        name, *options = [part for part in command[1:] if part != "-m"]
         commands.append((name, *options))
-        if name == "compare.py":
+        if name == "extras.compare":
             folder = Path(options[1])                      # behind --weights
             seed = int(folder.name[-1])
             test = {score: 50.0 + seed for score in ("fused", "global", "local", *map(str, compare.WEIGHTS))}
@@ -44,7 +44,7 @@ def started(monkeypatch):
             new = {"accuracy": result["accuracy"] - 20, "zero_shot_accuracy": 41.0}
             (Path(options[0]) / "evaluation-new.json").write_text(json.dumps(new))
             return subprocess.CompletedProcess(command, 0)
-        args = methods.linear_probe.parse_args(options[1:]) if name == "-m" else script.parse_args(options)
+        args = linear_probe.parse_args(options) if name == "extras.linear_probe" else script.parse_args(options)
         config = {"method": "linear_probe", **vars(args)}
         if ("fail", args.seed) in ACCURACY:
             stdout.write("Traceback\nerror: no such luck\n")
@@ -70,7 +70,7 @@ def test_what_is_missing_runs_once_and_the_table_has_its_means(started, tmp_path
     run(tmp_path, "--methods", "zero_shot", "linear_probe", "coop", "sotglp")
     assert [name for name, *_ in started].count("train.py") == 6         # two methods, three seeds
     assert [name for name, *_ in started].count("ood.py") == 6
-    assert [name for name, *_ in started].count("-m") == 1               # nothing random in it: one seed
+    assert [name for name, *_ in started].count("extras.linear_probe") == 1               # nothing random in it: one seed
     printed = capsys.readouterr().out
     rows = {line[:26].strip(): line[26:].split() for line in printed.splitlines()}
     # sd of 80, 90, 85: (25 + 25 + 0) / 2 = 25, its root 5; of 70, 71, 72: 1; the median of 9, 1, 2 s is 2 s
@@ -143,7 +143,7 @@ def test_a_table_of_ood_with_other_options_is_refused(name, value, complaint, st
 
 def test_options_are_the_same_for_all_rows_or_refused(started, tmp_path, capsys):
     run(tmp_path, "--methods", "linear_probe", "coop", "--seeds", "1", "--split-seed", "2")
-    trainings = [command for command in started if command[0] in ("train.py", "-m")]
+    trainings = [command for command in started if command[0] in ("train.py", "extras.linear_probe")]
     assert [command[command.index("--split-seed") + 1] for command in trainings] == ["2", "2"]
     for options, complaint in ((["--sampler", "proportional"], "the linear probe has no --sampler"),
                                (["--seed", "7"], "--seed would be the same for all rows and seeds"),

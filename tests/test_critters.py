@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import ImageDraw
 
-import critters
+from sources import critters
 
 
 def pixels(image):

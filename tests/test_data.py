@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-import critters
+from sources import critters
 import data
-import download
+from sources import files
 
 
 def picture(path, mode="RGB", size=(40, 30), seed=0):
@@ -635,7 +635,7 @@ def test_every_test_picture_is_counted_once(pictures, world):
 
 def test_one_look_at_each_folder(tmp_path, monkeypatch):
     paths = [str(picture(tmp_path / f"{c}/{i}.jpg")) for c in "ab" for i in range(3)]
-    looks, listdir = [], download.os.listdir
-    monkeypatch.setattr(download.os, "listdir", lambda folder: looks.append(folder) or listdir(folder))
-    gone = download.missing([*paths, f"{tmp_path}/b/9.jpg", f"{tmp_path}/c/0.jpg"])
+    looks, listdir = [], files.os.listdir
+    monkeypatch.setattr(files.os, "listdir", lambda folder: looks.append(folder) or listdir(folder))
+    gone = files.missing([*paths, f"{tmp_path}/b/9.jpg", f"{tmp_path}/c/0.jpg"])
     assert gone == [f"{tmp_path}/b/9.jpg", f"{tmp_path}/c/0.jpg"] and len(looks) == 2

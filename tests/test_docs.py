@@ -50,11 +50,12 @@ def test_row_names_a_function_that_carries_its_number_and_a_test(label, where, t
     assert callable(resolve(test))
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "data.py", "ood.py", "visualize.py", "critters.py",
-                                    "compare.py"])
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "data.py", "ood.py", "extras/visualize.py",
+                                    "sources/critters.py", "extras/compare.py"])
 def test_readme_uses_options_that_exist(script, monkeypatch, capsys):
     readme = (PROJECT / "README.md").read_text()
-    commands = re.findall(rf"^.*?\b{re.escape(script)}\b(.*)$", readme, re.MULTILINE)
+    called = script if "/" not in script else "-m " + script.removesuffix(".py").replace("/", ".")
+    commands = re.findall(rf"^.*?(?<!\w){re.escape(called)}\b(.*)$", readme, re.MULTILINE)
     used = {word.split("=")[0] for command in commands for word in shlex.split(command.split("`")[0], comments=True)
             if word.startswith("--")}
     monkeypatch.setattr(sys, "argv", [script, "--help"])
@@ -64,8 +65,8 @@ def test_readme_uses_options_that_exist(script, monkeypatch, capsys):
     assert used <= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "ood.py", "visualize.py", "data.py", "runs.py",
-                                    "sotglp.py", "clip/__init__.py"])
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "ood.py", "extras/visualize.py", "data.py",
+                                    "harness/runs.py", "sotglp.py", "clip/__init__.py"])
 def test_the_wait_of_threads_is_bounded_before_torch_is_imported(script):
     # torch reads the variable once, when it is imported; clip/__init__.py sets it
     body = [ast.unparse(node) for node in ast.parse((PROJECT / script).read_text()).body]

@@ -12,7 +12,7 @@ import torchvision
 from PIL import Image
 
 import data
-import download
+from sources import files
 
 CONTENT = b'{"train": [], "val": [], "test": []}'
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -72,11 +72,11 @@ def no_proxy(monkeypatch):
 # What may move when the files are rearranged stands here once.
 
 def fetch(addresses, path, digest):
-    download.fetch(addresses, str(path), digest)
+    files.fetch(addresses, str(path), digest)
 
 
 def tree(name, root):
-    return download.tree(name, data.DATASETS[name], root)
+    return files.tree(name, data.DATASETS[name], root)
 
 
 def change(monkeypatch, name, **columns):
@@ -141,7 +141,7 @@ def test_a_download_does_not_wait_for_ever(tmp_path, monkeypatch):
         raise TimeoutError("nothing came")
 
     asked = []
-    monkeypatch.setattr(download.urllib.request, "urlopen", answer)
+    monkeypatch.setattr(files.urllib.request, "urlopen", answer)
     with pytest.raises(OSError, match="TimeoutError: nothing came"):
         fetch(["http://127.0.0.1/split.json"], tmp_path / "split.json", SHA256)
     assert asked == [60]
@@ -149,11 +149,11 @@ def test_a_download_does_not_wait_for_ever(tmp_path, monkeypatch):
 
 def test_the_addresses_have_a_fixed_content():
     github = "https://raw.githubusercontent.com"
-    assert download.SPLITS == (
+    assert files.SPLITS == (
         f"{github}/linzhiqiu/cross_modal_adaptation/ac9077ee4e422f768c9b9109551468605e33ec9a/splits",
         f"{github}/MarcLafon/gallop/f75999e1601cc66e44bc6ff6faa8612021055ff3/gallop/datasets/files")
-    assert download.CLASSNAMES == (f"{github}/ChongQingNoSubway/Prompt-OT/f042f02394f9f38c7d4e4ff2dca2a6f27bb2ae59",)
-    assert download.CLASSNAMES_DIGEST == "89e0b642c6697a3a43a06a2bb65f9fefb3ca295ccc5f4ba9ce385f1a3a58c629"
+    assert files.CLASSNAMES == (f"{github}/ChongQingNoSubway/Prompt-OT/f042f02394f9f38c7d4e4ff2dca2a6f27bb2ae59",)
+    assert files.CLASSNAMES_DIGEST == "89e0b642c6697a3a43a06a2bb65f9fefb3ca295ccc5f4ba9ce385f1a3a58c629"
 
 
 # ---- where things lie ----------------------------------------------------------------------------------------
@@ -161,18 +161,18 @@ def test_the_addresses_have_a_fixed_content():
 def test_the_first_layout_that_is_there_is_taken(tmp_path):
     row = data.DATASETS["dtd"]
     coop = (f"{tmp_path}/dtd", f"{tmp_path}/dtd/images")
-    assert download.locate(row, tmp_path) == coop                              # none is there
+    assert files.locate(row, tmp_path) == coop                              # none is there
     (tmp_path / "dtd/dtd/images").mkdir(parents=True)
-    assert download.locate(row, tmp_path) == (f"{tmp_path}/dtd", f"{tmp_path}/dtd/dtd/images")
+    assert files.locate(row, tmp_path) == (f"{tmp_path}/dtd", f"{tmp_path}/dtd/dtd/images")
     (tmp_path / "dtd/images").mkdir()
-    assert download.locate(row, tmp_path) == coop                              # both are
+    assert files.locate(row, tmp_path) == coop                              # both are
 
 
 def test_a_root_may_lie_below_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for root in ("~/here", "here", "./x/../here"):
-        assert download.locate(data.DATASETS["eurosat"], root)[1] == f"{tmp_path}/here/eurosat/2750"
+        assert files.locate(data.DATASETS["eurosat"], root)[1] == f"{tmp_path}/here/eurosat/2750"
 
 
 @pytest.mark.parametrize("name, lines", [
@@ -189,7 +189,7 @@ to get it: python data.py --dataset dtd --data-root /root --download"""),
 or:
   /root/imagenet/classnames.txt
   /root/imagenet/{{train,val}}/<wnid>/*.JPEG
-the pictures: {download.BY_HAND["imagenet"]}
+the pictures: {files.BY_HAND["imagenet"]}
 the list: python data.py --dataset imagenet --data-root /root --download"""),
     ("folder", "expected:\n  /root/{train,val,test}/<class>/*.jpg (val or test may be absent)   or only <class>/*.jpg"),
 ])
@@ -211,7 +211,7 @@ def made_up(server, monkeypatch):
             folder_tree(Path(root) / "eurosat/2750", ["a"], 2)
 
     monkeypatch.setattr(torchvision.datasets, "EuroSAT", EuroSAT)
-    monkeypatch.setattr(download, "SPLITS", (f"{server}/good",))
+    monkeypatch.setattr(files, "SPLITS", (f"{server}/good",))
     monkeypatch.setattr(sys.modules[__name__], "CONTENT", SPLIT)
     change(monkeypatch, "eurosat", digest=hashlib.sha256(SPLIT).hexdigest(), classes=1, sizes=(1, 0, 1))
 
@@ -230,7 +230,7 @@ def test_a_failure_of_torchvision_shows_the_tree(made_up, tmp_path, monkeypatch,
 
     monkeypatch.setattr(torchvision.datasets, "EuroSAT", fail)
     status, _ = run(monkeypatch, capsys, "--dataset", "eurosat", "--data-root", tmp_path, "--download")
-    assert f"eurosat: torchvision could not download the pictures from {download.HOSTS['eurosat']}: " in status
+    assert f"eurosat: torchvision could not download the pictures from {files.HOSTS['eurosat']}: " in status
     assert ": File not found or corrupted.\nexpected:" in status
 
 
@@ -252,7 +252,7 @@ def test_lists_go_where_torchvision_puts_the_pictures(server, tmp_path, monkeypa
     content = b'{"train": [["0.jpg", 0, "a"]], "val": [], "test": [["1.jpg", 0, "a"]]}'
     monkeypatch.setattr(sys.modules[__name__], "CONTENT", content)
     monkeypatch.setattr(torchvision.datasets, "Flowers102", Flowers102)
-    monkeypatch.setattr(download, "SPLITS", (f"{server}/good",))
+    monkeypatch.setattr(files, "SPLITS", (f"{server}/good",))
     change(monkeypatch, "oxford_flowers", digest=hashlib.sha256(content).hexdigest(), classes=1, sizes=(1, 0, 1))
     status, out = run(monkeypatch, capsys, "--dataset", "oxford_flowers", "--data-root", tmp_path, "--download")
     assert status == 0 and f"oxford_flowers: torchvision downloads the pictures into {tmp_path}\n" in out
@@ -280,28 +280,28 @@ def test_another_digest_stops_the_download(made_up, tmp_path, monkeypatch, capsy
     assert "could not get" in status and f"expected {SHA256}" in status
 
 
-@pytest.mark.parametrize("name", list(download.BY_HAND))
+@pytest.mark.parametrize("name", list(files.BY_HAND))
 def test_what_cannot_be_downloaded_says_where_it_is(server, asked, tmp_path, monkeypatch, capsys, name):
     names = "imagenet" in name                                 # it has class names, the others have a split file
-    monkeypatch.setattr(download, "SPLITS", () if names else (f"{server}/good",))
-    monkeypatch.setattr(download, "CLASSNAMES", (f"{server}/good",) if names else ())
-    monkeypatch.setattr(download, "CLASSNAMES_DIGEST", SHA256)
+    monkeypatch.setattr(files, "SPLITS", () if names else (f"{server}/good",))
+    monkeypatch.setattr(files, "CLASSNAMES", (f"{server}/good",) if names else ())
+    monkeypatch.setattr(files, "CLASSNAMES_DIGEST", SHA256)
     if not names:
         change(monkeypatch, name, digest=SHA256)
     status, out = run(monkeypatch, capsys, "--dataset", name, "--data-root", tmp_path, "--download")
-    assert status not in (0, None) and download.BY_HAND[name] in out
+    assert status not in (0, None) and files.BY_HAND[name] in out
     file = tmp_path / data.DATASETS[name].layouts[0][0] / data.DATASETS[name].lists[0]
     assert file.read_bytes() == CONTENT and asked == [f"/good/{file.name}"]
     assert f"{file} downloaded, digest as expected" in out and f"expected:\n  {file}" in out
 
 
 def test_torchvision_has_what_we_ask_it_for():
-    assert download.TORCHVISION == {
+    assert files.TORCHVISION == {
         "caltech101": "Caltech101", "oxford_pets": "OxfordIIITPet", "oxford_flowers": "Flowers102",
         "food101": "Food101", "fgvc_aircraft": "FGVCAircraft", "sun397": "SUN397", "dtd": "DTD", "eurosat": "EuroSAT"}
-    assert all(hasattr(torchvision.datasets, name) for name in download.TORCHVISION.values())
+    assert all(hasattr(torchvision.datasets, name) for name in files.TORCHVISION.values())
     rows = {name for name, row in data.DATASETS.items() if row.lists}
-    assert rows == {*download.TORCHVISION, *download.BY_HAND}
+    assert rows == {*files.TORCHVISION, *files.BY_HAND}
 
 
 # ---- checking ------------------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ def test_the_command_checks_a_folder(tmp_path, monkeypatch, capsys):
 # ---- bounds --------------------------------------------------------------------------------------------------
 
 def test_a_list_that_is_too_large_is_cut_off(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "LIST_LIMIT", 5)
+    monkeypatch.setattr(files, "LIST_LIMIT", 5)
     with pytest.raises(OSError, match="good/split.json: OSError: more than the 5 bytes .*\nfetch it on another"):
         fetch([f"{server}/good/split.json"], tmp_path / "split.json", SHA256)
     assert os.listdir(tmp_path) == []
@@ -407,7 +407,7 @@ def test_a_write_that_fails_leaves_no_part(server, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(download.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OSError, match="No space left on device"):
         fetch([f"{server}/good/split.json"], tmp_path / "split.json", SHA256)
     assert os.listdir(tmp_path) == []
@@ -421,4 +421,4 @@ def test_a_failed_download_does_not_advise_itself(made_up, tmp_path, monkeypatch
     status, _ = run(monkeypatch, capsys, "--dataset", "eurosat", "--data-root", tmp_path, "--download")
     assert "--download" not in status and "from huggingface.co/datasets/torchgeo/eurosat: <urlopen" in status
     assert "fetch the files on another machine and put them there" in status
-    assert {*download.HOSTS} == {*download.TORCHVISION}
+    assert {*files.HOSTS} == {*files.TORCHVISION}

@@ -12,7 +12,7 @@ from torch import nn
 
 import clip
 import evaluate
-import runs
+from harness import machine, runs
 import sotglp
 import train as train_script
 from conftest import copy, read, train
@@ -170,7 +170,7 @@ def test_a_precision_that_the_device_lacks_becomes_float32_and_is_said(trained, 
 def test_the_precision_is_that_of_matrix_products():
     a = torch.ones(2, 2)
     for amp, dtype in (("off", torch.float32), ("bf16", torch.bfloat16)):
-        with runs.autocast(amp, "cpu"):
+        with machine.autocast(amp, "cpu"):
             assert (a @ a).dtype == dtype
 
 

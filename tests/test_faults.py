@@ -19,7 +19,7 @@ import clip
 import data
 import evaluate
 import ood
-import runs
+from harness import machine, runs
 import train as script
 from conftest import copy, random_clip, read, train
 
@@ -135,7 +135,7 @@ def test_a_rank_ends_when_its_parent_is_gone():
 
     def parent():
         if not os.fork():
-            runs.end_with_parent()
+            machine.end_with_parent()
             time.sleep(60)
             os._exit(0)
         os.close(writing)
@@ -326,7 +326,7 @@ def test_a_full_disk_names_the_file(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match=f"cannot write {tmp_path}/a.json: No space left on device"):
-        runs.write_whole(tmp_path / "a.json", write)
+        machine.write_whole(tmp_path / "a.json", write)
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_the_test(trained, monkeypatch):
@@ -380,10 +380,10 @@ def test_an_option_that_cannot_work_is_one_line_and_leaves_nothing(option, compl
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    runs.check_device("cuda:1")
+    machine.check_device("cuda:1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="needs 3 GPU.s., one for each process, torch sees 2"):
-        runs.check_device("cuda")
+        machine.check_device("cuda")
 
 
 def test_seeds_of_sixty_four_bits_train(options, tmp_path):
@@ -420,7 +420,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(trained, options, tmp_path, monk
 def test_each_rank_prints_its_own_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit, match="^rank 1: error: no$"), runs.plain_errors():
+    with pytest.raises(SystemExit, match="^rank 1: error: no$"), machine.plain_errors():
         raise ValueError("no")
 
 
@@ -464,7 +464,7 @@ def test_progress_is_a_line_of_rank_0_on_a_terminal(stream, rank, shown, monkeyp
     clock = itertools.count(1)
     monkeypatch.setattr(runs.time, "time", lambda: next(clock))
     monkeypatch.setattr(sys, "stderr", stream())
-    assert list(runs.progress(range(4), "test", rank)) == [0, 1, 2, 3]
+    assert list(machine.progress(range(4), "test", rank)) == [0, 1, 2, 3]
     expected = "".join(f"\rtest {i}/4, {left} s left " for i, left in ((1, 6), (2, 4), (3, 2), (4, 0))) + "\r\033[K"
     assert sys.stderr.getvalue() == (expected if shown else "")
 

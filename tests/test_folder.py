@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import data
-import download
+from sources import files
 from test_data import picture
 
 
@@ -149,14 +149,14 @@ def test_nothing_is_left_out_without_a_word(tmp_path):
         picture(tmp_path / name)
     for name in ("cat/1.heic", "cat/2.HEIC", "cat/notes", "cat/.DS_Store", "classnames.txt"):
         (tmp_path / name).write_text("Ä\ncat\n")
-    assert len(download.class_folders(tmp_path)["cat"]) == 3         # the one in a folder below it counts
+    assert len(files.class_folders(tmp_path)["cat"]) == 3         # the one in a folder below it counts
     assert data.remarks(str(tmp_path)) == [
         f"left out: 2 .heic, 1 without a suffix, not read as pictures, first {tmp_path}/cat/1.heic",
         f"left out: 1 .jpg, outside of the class folders, first {tmp_path}/loose.jpg"]
     (tmp_path / "new").mkdir()
     (tmp_path / "new/1.heic").touch()
     with pytest.raises(FileNotFoundError, match=r"there is no picture in .*/new \(1 .heic\)"):
-        download.class_folders(tmp_path)
+        files.class_folders(tmp_path)
 
 
 def test_every_picture_that_cannot_be_read_is_named(tmp_path):
@@ -232,7 +232,7 @@ def test_a_link_to_a_folder_above_is_not_followed(tmp_path):
     picture(tmp_path / "dog/1.png")
     (tmp_path / "cat/up").symlink_to(tmp_path)
     (tmp_path / "cat/dogs").symlink_to(tmp_path / "dog")             # one to a folder beside it is
-    assert download.class_folders(tmp_path)["cat"] == [f"{tmp_path}/cat/1.png", f"{tmp_path}/cat/dogs/1.png"]
+    assert files.class_folders(tmp_path)["cat"] == [f"{tmp_path}/cat/1.png", f"{tmp_path}/cat/dogs/1.png"]
 
 
 def test_a_file_of_names_must_be_utf8_and_name_each_folder_once(tmp_path):

@@ -11,7 +11,8 @@ import clip
 import data
 import evaluate
 import ood
-import runs
+from extras import linear_probe as probe_command
+from harness import runs
 import sotglp
 import train as script
 from conftest import PROJECT, read, train
@@ -270,10 +271,10 @@ def test_linear_probe_command_writes_the_result_of_train(pictures, clip_file, tm
 
     original = data.load
     monkeypatch.setattr(data, "load", load)
-    monkeypatch.setattr(linear_probe, "search", lambda *_: 1.0)
+    monkeypatch.setattr(probe_command, "search", lambda *_: 1.0)
     options = ["--dataset", "folder", "--data-root", str(pictures), "--model", str(clip_file), "--shots", "3",
                "--device", "cpu", "--output-dir", str(tmp_path / "probe")]
-    linear_probe.main(linear_probe.parse_args(options))
+    probe_command.main(probe_command.parse_args(options))
     result = json.loads((tmp_path / "probe/result.json").read_text())
     # coloured noise is easy; one test image has another class's colour on purpose
     assert result["accuracy"] == pytest.approx(100 * 6 / 7)
@@ -281,17 +282,17 @@ def test_linear_probe_command_writes_the_result_of_train(pictures, clip_file, tm
     assert result["learned_parameters"] == 3 * 32 + 3
     assert "accuracy 85.71 %" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="holds a run already"):
-        linear_probe.main(linear_probe.parse_args(options))
+        probe_command.main(probe_command.parse_args(options))
     (tmp_path / "probe/last.pt").touch()                                  # as if another method had trained here
     (tmp_path / "probe/evaluation.json").touch()
-    linear_probe.main(linear_probe.parse_args([*options, "--overwrite"]))
+    probe_command.main(probe_command.parse_args([*options, "--overwrite"]))
     assert {path.name for path in (tmp_path / "probe").iterdir()} == {"lock", "result.json", "per_class.csv"}
 
 
 def test_linear_probe_needs_validation_images(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "load", lambda *args: ([], [], [], []))
     with pytest.raises(SystemExit, match="no validation images"):
-        linear_probe.main(linear_probe.parse_args(["--output-dir", str(tmp_path)]))
+        probe_command.main(probe_command.parse_args(["--output-dir", str(tmp_path)]))
 
 
 # ---- what several methods share --------------------------------------------------------------------------------
@@ -456,7 +457,7 @@ def test_an_unknown_method_is_refused_by_name(trained, tmp_path):
 
 def test_no_script_knows_a_method_by_name():
     # but for compare.py, whose rows they are, and the help texts of train.py
-    for name in ("evaluate.py", "ood.py", "runs.py", "data.py"):
+    for name in ("evaluate.py", "ood.py", "harness/runs.py", "data.py"):
         text = (PROJECT / name).read_text()
         assert not [method for method in METHODS if method != "sotglp" and f'"{method}"' in text]
 

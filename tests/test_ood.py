@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-import critters
+from sources import critters
 import data
 import ood
-import runs
+from harness import machine
 import train
 from conftest import random_clip
 from sotglp import SOTGLP, unit
@@ -216,7 +216,7 @@ def test_the_towers_alone_run_in_mixed_precision(clip_model, monkeypatch):
     tokens = clip_model.encode_patches(images)
     monkeypatch.setattr(clip_model, "encode_patches", lambda *_: tokens)
     plain, _ = ood.confidences(clip_model, images, text)
-    with runs.autocast("bf16", "cpu"):
+    with machine.autocast("bf16", "cpu"):
         half, _ = ood.confidences(clip_model, images, text)
     assert all(torch.equal(half[row], plain[row]) for row in plain)
 

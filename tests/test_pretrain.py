@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 import clip
-import critters
-from clip import pretrain_tiny as pretrain
+from sources import critters
+from extras import pretrain_tiny as pretrain
 from clip.loader import MEAN, STD
 
 SLOT = {slot: i for i, slot in enumerate(critters.SLOTS)}          # ground 0, body 1, ..., prop 7

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import compare
+from extras import compare
 import data
 import evaluate
 import train as script

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import clip
 import ood
-import runs
+from harness import runs
 import train as script
 from conftest import copy, read, train
 from methods import METHODS, released

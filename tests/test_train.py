@@ -15,7 +15,7 @@ import clip
 import data
 import evaluate
 import ood
-import runs
+from harness import machine, runs
 import sotglp
 import train as script
 from conftest import EPOCHS, copy, random_clip, read, train
@@ -496,7 +496,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         raise Stop
 
     with pytest.raises(Stop):
-        runs.write_whole(path, half)
+        machine.write_whole(path, half)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.txt", "before")]
-    runs.write_whole(path, lambda temporary: temporary.write_text("after"))
+    machine.write_whole(path, lambda temporary: temporary.write_text("after"))
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.txt", "after")]

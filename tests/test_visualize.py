@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 import clip
-import critters
+from sources import critters
 import data
-import runs
-import visualize
+from harness import runs
+from extras import visualize
 from conftest import copy, random_clip
 from methods import METHODS
 from sotglp import SOTGLP

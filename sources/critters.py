@@ -3,7 +3,7 @@
 Read top to bottom: what nouns look like -> words -> a creature and its sentence -> drawing -> the stream of pictures
 that the tiny CLIP learns from -> the few-shot benchmark -> pictures out of distribution.
 
-    python critters.py --output FILE.png                 draws one picture of each class
+    python -m sources.critters --output FILE.png                 draws one picture of each class
 
 Everything that has a word is named by a phrase, such as "a red star" or "white horns". The phrase says how it is drawn
 and stands in captions; a mask says where it is.

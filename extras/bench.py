@@ -1,9 +1,9 @@
 """How fast the parts are, against the plain form and against what the machine can do. Run by hand:
 
-    python tests/bench.py                        the table, about ten minutes on one core
-    python tests/bench.py --quick                C = 10 alone
-    python tests/bench.py --device cuda          on a GPU, each precision
-    python tests/bench.py --against ../other     the same on another checkout of this project, and the ratio
+    python -m extras.bench                        the table, about ten minutes on one core
+    python -m extras.bench --quick                C = 10 alone
+    python -m extras.bench --device cuda          on a GPU, each precision
+    python -m extras.bench --against ../other     the same on another checkout of this project, and the ratio
 
 ViT-B/16 sizes with random weights, one process; medians of repeats that take turns. On a CPU one thread, float32.
 The plain form below computes the same numbers without any of the tricks: 77 tokens, every row through every block,

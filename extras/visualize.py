@@ -1,10 +1,10 @@
 """Draws what a run has learned and how: the paper's Figure 2, the patch streams, a training batch, training curves.
 
-    python visualize.py RUN                                      Figure 2 for eight pictures of the test split
-    python visualize.py RUN --images a.jpg b.png --class NAME    for your own, with the prompts of a class you name
-    python visualize.py RUN --streams                            the same prompts on all three kinds of patch tokens
-    python visualize.py RUN --batch                              the first training batch, after augmentation
-    python visualize.py --curves RUN [RUN ...]                   every number of log.jsonl over the epochs
+    python -m extras.visualize RUN                                      Figure 2 for eight pictures of the test split
+    python -m extras.visualize RUN --images a.jpg b.png --class NAME    for your own, with the prompts of a class you name
+    python -m extras.visualize RUN --streams                            the same prompts on all three kinds of patch tokens
+    python -m extras.visualize RUN --batch                              the first training batch, after augmentation
+    python -m extras.visualize --curves RUN [RUN ...]                   every number of log.jsonl over the epochs
 
 PNG files go to RUN/pictures. Read Figure 2 beside Sec. 3.4: `look` computes what `figure_2` shows. A method without
 patches or a plan gets the panels that it has. Before them come the panels themselves, which know no model: `stack` puts
@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import data
 import evaluate
-import runs
+from harness import machine, runs
 from clip.loader import MEAN, STD
 from methods import METHODS
 from sotglp import SOTGLP, saliency, sinkhorn, sparse_support
@@ -409,7 +409,7 @@ def parse_args(argv=None):
     add("--class", dest="class_name", metavar="NAME", help="whose prompts are shown (those of the predicted class)")
     add("--output", metavar="DIR", help="where the PNG files go (RUN/pictures)")
     add("--data-root", help="folder of the datasets (the run's own)")
-    add("--device", default=runs.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
+    add("--device", default=machine.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
     args = parser.parse_args(argv)
     if len(args.runs) > (26 if args.curves else 1):
         parser.error("one RUN, or with --curves up to 26")
@@ -421,19 +421,19 @@ def parse_args(argv=None):
     return args
 
 
-@runs.plain_errors()
+@machine.plain_errors()
 def main(args):
     """Draws what the options ask for, and prints which files that made."""
     run, folder = args.runs[0], Path(args.output or Path(args.runs[0]) / "pictures")
 
     def save(name, drawing):
         folder.mkdir(parents=True, exist_ok=True)
-        runs.write_whole(folder / f"{name}.png", lambda path: drawing.save(path, "PNG"))
+        machine.write_whole(folder / f"{name}.png", lambda path: drawing.save(path, "PNG"))
         print(f"wrote {folder / name}.png", flush=True)
 
     if args.curves:
         return save("curves", curves({run: read_curves(run) for run in args.runs}))
-    runs.check_device(args.device)
+    machine.check_device(args.device)
     checkpoint = runs.read_checkpoint(run)
     config, class_names = checkpoint["config"], checkpoint["class_names"]
     if args.batch:

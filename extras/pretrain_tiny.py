@@ -1,7 +1,7 @@
 """Makes tiny.pt.gz, a CLIP of 1.5 million parameters, from nothing but the drawn pictures of critters.py.
 
-    python -m clip.pretrain_tiny --output tiny.pt.gz              # about 40 minutes on 2 cores; call again to go on
-    python -m clip.pretrain_tiny --evaluate clip/tiny.pt.gz       # what the weights can do
+    python -m extras.pretrain_tiny --output tiny.pt.gz              # about 40 minutes on 2 cores; call again to go on
+    python -m extras.pretrain_tiny --evaluate clip/tiny.pt.gz       # what the weights can do
 
 Three contrastive losses, all of them through the text tower, so that the result is an ordinary CLIP:
 image against caption; the CLS token against phrases that differ in one word, and against captions that do;
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import clip
-import critters
+from sources import critters
 from clip import CLIP, tokenize
 from clip.loader import MEAN, STD
 

@@ -1,12 +1,12 @@
 """Trains the compared methods on the same draws and prints one table: accuracy, OOD detection, time, parameters.
 
-    python compare.py                                                 every method on the embedded default, 3 seeds
-    python compare.py --dataset eurosat dtd --shots 1 16 --data-root DIR --model ViT-B/16
-    python compare.py --methods coop sotglp --epochs 20               what it does not know itself goes to train.py
-    python compare.py --classes base                                  trained on half of the classes, tested on both
-    python compare.py --ablations                                     variants of SOT-GLP beside it
+    python -m extras.compare                                                 every method on the embedded default, 3 seeds
+    python -m extras.compare --dataset eurosat dtd --shots 1 16 --data-root DIR --model ViT-B/16
+    python -m extras.compare --methods coop sotglp --epochs 20               what it does not know itself goes to train.py
+    python -m extras.compare --classes base                                  trained on half of the classes, tested on both
+    python -m extras.compare --ablations                                     variants of SOT-GLP beside it
 
-Each run is one of train.py (or of methods/linear_probe.py) in a folder of its own below --output-dir. Stop it when you
+Each run is one of train.py (or of extras/linear_probe.py) in a folder of its own below --output-dir. Stop it when you
 like: what is finished is not run again, and an interrupted run goes on where it was. Without a GPU two runs go at a
 time, each with one thread. Read it from `main`: the runs, what is missing of them, the table.
 
@@ -26,14 +26,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import critters
+from sources import critters
 import data
-import download
+from sources import files
 import evaluate
 import ood
-import runs
+from harness import machine, runs
 import train
-from methods import linear_probe, released
+from extras import linear_probe
+from methods import released
 from sotglp import SOTGLP, fuse
 
 # Name of a row: its label, its options of train.py, its column of Table 1. None: it has a command of its own.
@@ -108,14 +109,14 @@ def make_jobs(args):
                     root = ["--data-root", args.data_root] if dataset != "critters" else []
                     which = ["--dataset", dataset, *root, "--shots", str(shots), "--seed", str(seed), "--split-seed",
                              str(args.split_seed), *common, "--output-dir", str(folder)]
-                    commands = {"result.json": ["-m", "methods.linear_probe", *which] if options is None else
+                    commands = {"result.json": ["-m", "extras.linear_probe", *which] if options is None else
                                 ["train.py", *options, *which, "--classes", args.classes, *args.more, "--resume"]}
                     if measure_ood and options is not None:
                         commands["ood.json"] = ["ood.py", str(folder), *device]
                     if args.classes == "base":
                         commands["evaluation-new.json"] = ["evaluate.py", str(folder), "--classes", "new", *device]
                     if args.ablations:
-                        commands["weights.json"] = ["compare.py", "--weights", str(folder), *device]
+                        commands["weights.json"] = ["-m", "extras.compare", "--weights", str(folder), *device]
                     jobs.append(Job(row, dataset, shots, seed, folder, commands))
     return jobs
 
@@ -171,7 +172,7 @@ def run_job(job, threads):
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
     for command in missing(job):
         with open(job.folder / "output.txt", "a", encoding="utf-8") as file:
-            process = subprocess.run([sys.executable, *command], cwd=Path(__file__).parent, stdout=file,
+            process = subprocess.run([sys.executable, *command], cwd=Path(__file__).parent.parent, stdout=file,
                                      stderr=subprocess.STDOUT, env=environment)
         if process.returncode:
             return (job.folder / "output.txt").read_text(encoding="utf-8").splitlines()[-1]
@@ -256,7 +257,7 @@ def print_table(args, table):
     """The rows, a column for each measure; the paper's column stands beside ViT-B/16 at 16 shots alone."""
     published = {row["dataset"]: row for row in evaluate.paper_table(1)}
     for (dataset, shots), rows in table.items():
-        model = args.model or runs.default_model(dataset)
+        model = args.model or machine.default_model(dataset)
         paper = published.get(dataset, {}) if (model, shots) == ("ViT-B/16", 16) else {}
         print(f"\n{dataset}, {shots} shots, model {model}, seeds {' '.join(map(str, args.seeds))}: mean +- standard "
               "deviation; AUROC is the mean over the OOD sets")
@@ -276,7 +277,7 @@ def print_table(args, table):
 def print_base_to_new(args, table):
     """Accuracies on base and new classes and their harmonic mean, in percent."""
     for (dataset, shots), rows in table.items():
-        print(f"\n{dataset}, base to new, {shots} shots, model {args.model or runs.default_model(dataset)}, seeds "
+        print(f"\n{dataset}, base to new, {shots} shots, model {args.model or machine.default_model(dataset)}, seeds "
               f"{' '.join(map(str, args.seeds))}: mean +- standard deviation")
         heads = ("base", "new", "harmonic mean", "s/epoch", "parameters")
         print(f"{'':26s}" + "".join(f"{head:>16s}" for head in heads))
@@ -305,9 +306,9 @@ def score_weights(run, device):
     found = {"val": {}, "test": {}}
     for part, items in zip(found, parts):
         if items:
-            counts = evaluate.test(model, items, config["dataset"], runs.usable_amp(config["amp"], device))
+            counts = evaluate.test(model, items, config["dataset"], machine.usable_amp(config["amp"], device))
             found[part] = {score: 100 * right.sum().item() / len(items) for score, right in counts.right.items()}
-    runs.write_json(run / "weights.json", found)
+    machine.write_json(run / "weights.json", found)
 
 
 def read_weights(folder):
@@ -352,7 +353,7 @@ def print_ablations(args, table, jobs):
           "its standard\nerror; ~ not larger than twice that. Validation shots judge, the test is shown. Last column: "
           "the paper's differences,\naccuracy on eleven datasets (Table 2), AUROC on ImageNet (Table 3).")
     for (dataset, shots), rows in table.items():
-        model = args.model or runs.default_model(dataset)
+        model = args.model or machine.default_model(dataset)
         folders = [job.folder for job in jobs if job[:3] == ("full", dataset, shots)]
         print_ablation_table(f"{dataset}, {shots} shots, model {model}", {**rows, **weight_rows(folders)})
 
@@ -394,7 +395,7 @@ def parse_args(argv=None):
         help="base: train on the first half of the classes, test on each half (%(default)s)")
     add("--data-root", help="folder that holds the datasets' folders ($DATA_ROOT, else ./data)")
     add("--model", help="a CLIP name or a weights file (tiny for critters, else ViT-B/16)")
-    add("--device", default=runs.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
+    add("--device", default=machine.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
     add("--output-dir", help="the runs are folders of it (runs, with --ablations ablations)")
     args, args.more = parser.parse_known_args(argv)
     if args.ablations and args.classes == "base":
@@ -409,7 +410,7 @@ def parse_args(argv=None):
     check_more(parser, args)
     # why absolute: the runs start in the folder of this program
     args.output_dir = os.path.abspath(args.output_dir)
-    args.data_root = download.absolute(args.data_root or data.default_root())
+    args.data_root = files.absolute(args.data_root or data.default_root())
     args.model = os.path.abspath(args.model) if args.model and os.path.exists(args.model) else args.model
     if args.ablations and "full" not in args.methods:
         args.methods = ["full", *args.methods]             # why: the others are compared with it
@@ -433,10 +434,10 @@ def check_more(parser, args):
         parser.error("--classes base has no --test-split: both halves of the classes are scored on their test pictures")
 
 
-@runs.plain_errors("the same command goes on with what is missing")
+@machine.plain_errors("the same command goes on with what is missing")
 def main(args):
     """The runs, what is missing of them, the table."""
-    runs.check_device(args.device)
+    machine.check_device(args.device)
     if args.weights:
         return score_weights(args.weights, args.device)
     jobs = make_jobs(args)
@@ -451,7 +452,7 @@ def main(args):
         print_base_to_new(args, table)
     else:
         print_table(args, table)
-    runs.write_json(Path(args.output_dir) / "compare.json",
+    machine.write_json(Path(args.output_dir) / "compare.json",
                     [{"dataset": dataset, "shots": shots, "row": row, **values}
                      for (dataset, shots), rows in table.items() for row, values in rows.items()])
 

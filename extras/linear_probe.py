@@ -1,0 +1,80 @@
+"""Fits a linear probe on the frozen image features of a few images per class: logistic regression, as in CLIP and CoOp.
+
+    python -m extras.linear_probe                                    the embedded default
+    python -m extras.linear_probe --dataset eurosat --data-root DIR --shots 8
+
+The probe has no text, no prompts and no epochs, so train.py does not train it. methods/linear_probe.py has its
+equations. The weight of its penalty is chosen on the validation shots; the test split is read once, at the end. The
+run's folder gets the result.json of train.py.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import clip  # before torch: it bounds how long torch's threads wait
+
+import torch
+
+import data
+import evaluate
+from harness import machine, runs
+from methods.linear_probe import LinearProbe, fit, search
+
+
+@torch.no_grad()
+def image_features(clip_model, items, args):
+    """Image features of some items, not normalised, without augmentation -> (n, D), labels (n,)."""
+    pictures = data.Pictures(items, clip.preprocess(clip_model.visual.resolution), own=args.dataset == "folder")
+    loader = data.test_loader(pictures, evaluate.EVAL_BATCH, args.workers, args.device)
+    features, labels = zip(*((clip_model.encode_image(images.to(args.device)), labels)
+                             for images, labels in machine.progress(loader, "features")))
+    return torch.cat(features), torch.cat(labels).to(args.device)
+
+
+def parse_args(argv=None):
+    """The options, under the names that train.py gives them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--dataset", choices=sorted(data.DATASETS), default="critters", help="critters needs no files (%(default)s)")
+    add("--data-root", help="folder that holds the datasets' folders ($DATA_ROOT, else ./data)")
+    add("--model", help="a CLIP name or a weights file (tiny for critters, else ViT-B/16)")
+    add("--shots", type=int, default=16, help="training images per class (%(default)s)")
+    add("--seed", type=int, default=1, help="names the run; nothing here is random but the draw (%(default)s)")
+    add("--split-seed", type=int, default=1, help="draws the shots (%(default)s)")
+    add("--device", default=machine.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
+    add("--workers", type=int, default=0, help="processes that read pictures (%(default)s)")
+    add("--output-dir", help="where the run is written (runs/linear_probe-<dataset>-<shots>shot-seed<seed>)")
+    add("--overwrite", action="store_true", help="replace the run that the output folder holds")
+    args = parser.parse_args(argv)
+    machine.refuse_empty(parser, args)
+    args.model = clip.full_name(args.model or machine.default_model(args.dataset))
+    args.output_dir = args.output_dir or runs.folder_name("linear_probe", args.dataset, args.shots, args.seed)
+    return args
+
+
+@machine.plain_errors()
+def main(args):
+    """Features, the search for c, the fit, the test."""
+    started, folder = time.time(), Path(args.output_dir)
+    machine.check_device(args.device)
+    args.data_root = data.find_root(args.dataset, args.data_root)
+    runs.check_free(folder, overwrite=args.overwrite)
+    config = {"method": "linear_probe", **{name: value for name, value in vars(args).items() if name != "overwrite"},
+              "sampler": "exact", "amp": "off", "test_split": "test"}
+    train, val, test, class_names = data.load(args.dataset, args.data_root, args.shots, args.split_seed)
+    if not val:
+        raise ValueError(f"{args.dataset} has no validation images, on which the linear probe chooses its penalty")
+    _lock = runs.lock(folder)                              # kept open until the end
+    runs.check_free(folder, overwrite=args.overwrite)      # why again: another process had the folder till now
+    clip_model, _ = clip.load(args.model, args.device)
+    train_features, val_features = (image_features(clip_model, items, args) for items in (train, val))
+    c = search(*train_features, *val_features)
+    model = LinearProbe(clip_model, class_names, *fit(*train_features, c, len(class_names)))
+    counts = evaluate.test(model, test, args.dataset, workers=args.workers)
+    runs.remove(folder, ("last.pt", "log.jsonl", *runs.REPORTS))
+    evaluate.report(folder, model, counts, config, started, c=c, train_images=len(train))
+
+
+if __name__ == "__main__":
+    main(parse_args())
