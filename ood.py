@@ -355,7 +355,7 @@ def main(args):
     if args.run:
         machine.write_json(Path(args.run) / "ood.json", {
             **{name: config[name] for name in ("method", "dataset", "model")}, "temperature": args.temperature,
-            "local_weight": args.local_weight, "precision": machine.precision(args.amp),
+            "local_weight": args.local_weight, "ood_root": args.ood_root, "precision": machine.precision(args.amp),
             "images": {name: len(items) for name, items in sets.items()},
             "table": table, "paper_table_3": paper, "seconds": round(time.time() - start, 1)})
     if args.csv:

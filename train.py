@@ -72,12 +72,16 @@ def parse_args(argv=None):
         with machine.plain_errors():
             args.data_root = data.find_root(args.dataset, args.data_root)
     args.data_root = files.absolute(args.data_root)
+    args.output_dir = str(args.output_dir or runs.folder_name(vars(args), defaults_of(parser)))
     if args.warmup_epochs < math.inf:                    # else check_args refuses it
         args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
-    args.output_dir = str(args.output_dir or runs.folder_name(args.method, args.dataset, args.shots, args.seed,
-                                                              args.classes))
     args.workers = machine.default_workers(args.device) if args.workers is None else args.workers
     return args
+
+
+def defaults_of(parser):
+    """{option: what it is where it is not given}."""
+    return vars(parser.parse_args([]))
 
 
 def make_parser(method):
@@ -132,7 +136,8 @@ def make_parser(method):
         help="recompute text activations, chunk by chunk, in the backward pass: less memory, more time")
     place = parser.add_argument_group("folder of the run")
     place.add_argument("--output-dir",
-                       help="where the run is written (runs/[<method>-]<dataset>[-base]-<shots>shot-seed<seed>)")
+                       help="where the run is written (runs/<dataset>-<shots>shot-seed<seed>, with the method "
+                            "and the options that are not the usual ones)")
     either = place.add_mutually_exclusive_group()
     either.add_argument("--resume", nargs="?", const=True, default=False, metavar="RUN",
                         help="continue the run in the output folder; with RUN, a folder, all options are that run's "
@@ -181,7 +186,12 @@ def check_args(args, world):
     data.template(args.dataset, args.template)
     if args.held_out is not None and not 0 < args.held_out < 1:
         raise ValueError(f"--held-out must lie between 0 and 1, got {args.held_out}")
-    runs.check_free(args.output_dir, args.resume, args.overwrite)
+    runs.check_free(args.output_dir, configuration(args), args.resume, args.overwrite)
+
+
+def configuration(args):
+    """The options that belong to a run, as result.json and last.pt have them."""
+    return {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
 
 
 # ---- set up --------------------------------------------------------------------------------------------------
@@ -230,7 +240,7 @@ def start_processes(args):
 def set_up(args, rank, world, device):
     """Builds the run; restores it with --resume. Whatever can fail before the first step fails here."""
     started = time.time()
-    config = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
+    config = configuration(args)
     train_set, val_set, test_set, class_names = data.load(args.dataset, args.data_root, args.shots, args.split_seed,
                                                           args.sampler, args.held_out, args.classes)
     test_set = evaluate.choose(args.test_split, val_set, test_set)
@@ -260,7 +270,8 @@ def set_up(args, rank, world, device):
               fingerprint, started)
     if rank == 0:
         run.lock = runs.lock(run.folder)
-        runs.check_free(run.folder, args.resume, args.overwrite)    # why again: another process had the folder till now
+        # why again: another process had the folder till now
+        runs.check_free(run.folder, config, args.resume, args.overwrite)
     if args.resume and (run.folder / "last.pt").exists():
         resume(run)
     elif args.resume and rank == 0:
@@ -276,8 +287,9 @@ def resume(run):
     checkpoint = runs.read_checkpoint(run.folder)
     changed = runs.changes(checkpoint["config"], run.fingerprint["config"])
     if changed:
-        raise ValueError(f"{run.folder} was started with other options ({'; '.join(changed)}): give the same ones, or "
-                         "another --output-dir without --resume")
+        raise ValueError(f"{run.folder} was started with other options ({'; '.join(changed)}): python train.py "
+                         f"--resume {run.folder} goes on with its own; --output-dir {runs.unused(run.folder)} without "
+                         "--resume leaves it alone")
     runs.check_classes(run.folder, checkpoint["class_names"], run.fingerprint["class_names"])
     runs.check_data(run.folder, checkpoint["data"], run.fingerprint["data"])
     runs.restore(run.folder, checkpoint, run.model, run.fingerprint["clip_sha256"])

@@ -26,7 +26,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from sources import critters
 import data
 from sources import files
 import evaluate
@@ -84,6 +83,7 @@ class Job(NamedTuple):
     seed: int
     folder: Path
     commands: dict        # {file that it writes: command}, in this order: the run, then what is measured of it
+    options: argparse.Namespace    # those of the run
 
     def __str__(self):
         return f"{self.row}, {self.dataset}, {self.shots} shots, seed {self.seed}"
@@ -93,8 +93,6 @@ class Job(NamedTuple):
 
 def make_jobs(args):
     """All runs that the table needs."""
-    device = ["--device", args.device]
-    common = [*device, *(("--model", args.model) if args.model else ())]
     jobs = []
     for dataset in args.dataset:
         measure_ood = args.classes == "all" and has_ood_sets(dataset, args.data_root)
@@ -102,23 +100,39 @@ def make_jobs(args):
             for row in args.methods:
                 if row == "zero_shot":                     # every run measures it
                     continue
-                options = args.rows[row][1]
                 # why one seed of the linear probe: with a fixed draw there is nothing random in it
-                for seed in args.seeds if options is not None else args.seeds[:1]:
-                    folder = Path(runs.folder_name(row, dataset, shots, seed, args.classes, args.output_dir))
-                    root = ["--data-root", args.data_root] if dataset != "critters" else []
-                    which = ["--dataset", dataset, *root, "--shots", str(shots), "--seed", str(seed), "--split-seed",
-                             str(args.split_seed), *common, "--output-dir", str(folder)]
-                    commands = {"result.json": ["-m", "extras.linear_probe", *which] if options is None else
-                                ["train.py", *options, *which, "--classes", args.classes, *args.more, "--resume"]}
-                    if measure_ood and options is not None:
-                        commands["ood.json"] = ["ood.py", str(folder), *device]
-                    if args.classes == "base":
-                        commands["evaluation-new.json"] = ["evaluate.py", str(folder), "--classes", "new", *device]
-                    if args.ablations:
-                        commands["weights.json"] = ["-m", "extras.compare", "--weights", str(folder), *device]
-                    jobs.append(Job(row, dataset, shots, seed, folder, commands))
+                seeds = args.seeds[:1] if row == "linear_probe" else args.seeds
+                jobs += [make_job(args, row, dataset, shots, seed, measure_ood) for seed in seeds]
     return jobs
+
+
+def make_job(args, row, dataset, shots, seed, measure_ood):
+    """One run, in the folder that it would have by itself, below --output-dir, and what is measured of it."""
+    device = ["--device", args.device]
+    which = ["--dataset", dataset, "--shots", str(shots), "--seed", str(seed), "--split-seed", str(args.split_seed),
+             *device]
+    if dataset != "critters":
+        which += ["--data-root", args.data_root]
+    if args.model:
+        which += ["--model", args.model]
+    if row == "linear_probe":
+        script = ["-m", "extras.linear_probe"]
+        wanted = linear_probe.parse_args(which)
+    else:
+        script = ["train.py"]
+        which = [*args.rows[row][1], *which, "--classes", args.classes, *args.more]
+        wanted = train.parse_args(which)
+    folder = Path(args.output_dir, Path(wanted.output_dir).name)
+    commands = {"result.json": [*script, *which, "--output-dir", str(folder)]}
+    if row != "linear_probe":
+        commands["result.json"].append("--resume")
+    if measure_ood and row != "linear_probe":
+        commands["ood.json"] = ["ood.py", str(folder), *device]
+    if args.classes == "base":
+        commands["evaluation-new.json"] = ["evaluate.py", str(folder), "--classes", "new", *device]
+    if args.ablations:
+        commands["weights.json"] = ["-m", "extras.compare", "--weights", str(folder), *device]
+    return Job(row, dataset, shots, seed, folder, commands, wanted)
 
 
 def has_ood_sets(dataset, root):
@@ -129,36 +143,35 @@ def has_ood_sets(dataset, root):
         return False
 
 
-def check_finished(jobs):
-    """Raises ValueError where a folder holds a run, or a table of ood.py, of other options than those of this table."""
+def check_finished(jobs, threads):
+    """Raises ValueError where a folder holds a run, or a table of ood.py, that the commands of this table do not make.
+
+    threads: how many the runs have here, on a CPU; 0 on a GPU, where they matter little. why: else the times of a
+    table could not be compared.
+    """
     for job in jobs:
-        script, *options = job.commands["result.json"]
-        wanted = train.parse_args(options) if script == "train.py" else linear_probe.parse_args(options[1:])
         if (job.folder / "result.json").exists():
-            config = runs.read_result(job.folder)["config"]
-            differs = runs.changes(config, {name: value for name, value in vars(wanted).items() if name in config})
+            result = runs.read_result(job.folder)
+            wanted = {name: value for name, value in vars(job.options).items() if name in result["config"]}
+            differs = runs.changes(result["config"], wanted)
+            if threads and result.get("threads") != threads:
+                differs.append(f"threads were {result.get('threads')}, are {threads}")
             if differs:
-                raise ValueError(f"{job.folder} holds a run with other options ({'; '.join(differs)}): give the same "
-                                 "ones, or another --output-dir")
+                raise ValueError(f"{job.folder} holds a run with other options ({'; '.join(differs)}): "
+                                 f"--output-dir {runs.unused(job.folder.parent)} leaves it alone")
         if "ood.json" in job.commands and (job.folder / "ood.json").exists():
-            check_ood(job, getattr(wanted, "recipe", "paper"))
+            check_ood(job)
 
 
-def check_ood(job, recipe):
+def check_ood(job):
     """Raises ValueError where a run's ood.json is not what ood.py writes without options."""
-    found, sets = read_ood(job.folder), ood.BENCHMARK if job.dataset == "imagenet" else critters.OOD_SETS
-    usual = {"temperature": released.OOD_TEMPERATURE if recipe == "released" else 1.0, "local_weight": 1.0,
-             "sets": [*sets]}
-    differs = [f"{name} {found[name]}, here {usual[name]}" for name in usual if found[name] != usual[name]]
+    path = job.folder / "ood.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    released_recipe = getattr(job.options, "recipe", "paper") == "released"
+    usual = {"temperature": released.OOD_TEMPERATURE if released_recipe else 1.0, "local_weight": 1.0, "ood_root": {}}
+    differs = [f"{name} {found.get(name)}, here {usual[name]}" for name in usual if found.get(name) != usual[name]]
     if differs:
-        raise ValueError(f"{job.folder}/ood.json was made with other options ({'; '.join(differs)}): remove it, and it "
-                         "is made again")
-
-
-def read_ood(folder):
-    """A run's ood.json: temperature, local_weight, the names of the OOD sets, the table."""
-    fields = json.loads((folder / "ood.json").read_text(encoding="utf-8"))
-    return {**fields, "sets": [name for name in fields["images"] if name != "ID"]}
+        raise ValueError(f"{path} was made with other options ({'; '.join(differs)}): remove it, and it is made again")
 
 
 def missing(job):
@@ -223,8 +236,9 @@ def measure(jobs):
                  "parameters": result["learned_parameters"]}
         if log.exists():
             found["s/epoch"] = statistics.median(line["seconds"] for line in runs.read_log(job.folder))
-        if (job.folder / "ood.json").exists():
-            found |= {row: cells["mean"]["auroc"] for row, cells in read_ood(job.folder)["table"].items()}
+        if "ood.json" in job.commands:
+            table = json.loads((job.folder / "ood.json").read_text(encoding="utf-8"))["table"]
+            found |= {row: cells["mean"]["auroc"] for row, cells in table.items()}
         if "evaluation-new.json" in job.commands:
             new = json.loads((job.folder / "evaluation-new.json").read_text(encoding="utf-8"))
             found |= {"new": new["accuracy"], "zero-shot, new": new["zero_shot_accuracy"]}
@@ -396,14 +410,14 @@ def parse_args(argv=None):
     add("--data-root", help="folder that holds the datasets' folders ($DATA_ROOT, else ./data)")
     add("--model", help="a CLIP name or a weights file (tiny for critters, else ViT-B/16)")
     add("--device", default=machine.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
-    add("--output-dir", help="the runs are folders of it (runs, with --ablations ablations)")
+    add("--output-dir", help="the runs are folders of it (comparison, with --ablations ablations)")
     args, args.more = parser.parse_known_args(argv)
     if args.ablations and args.classes == "base":
         parser.error("--ablations and --classes base do not go together")
     args.rows = ABLATIONS if args.ablations else BASE_ROWS if args.classes == "base" else ROWS
     args.methods = args.methods or [*args.rows]
-    # why apart: evaluate.py --table averages what is in runs/
-    args.output_dir = args.output_dir or ("ablations" if args.ablations else "runs")
+    # why apart: evaluate.py --table averages what is in runs/, and runs there may have other threads than these
+    args.output_dir = args.output_dir or ("ablations" if args.ablations else "comparison")
     unknown = {*args.methods} - {*args.rows}
     if unknown:
         parser.error(f"--methods has no row {', '.join(sorted(unknown))}: choose from {', '.join(args.rows)}")
@@ -441,10 +455,11 @@ def main(args):
     if args.weights:
         return score_weights(args.weights, args.device)
     jobs = make_jobs(args)
-    check_finished(jobs)
     on_gpu = args.device.startswith("cuda")
     at_once = 1 if on_gpu else min(2, os.cpu_count() or 1)
-    run_all(jobs, at_once, threads=0 if on_gpu else 1)
+    threads = 0 if on_gpu else 1
+    check_finished(jobs, threads)
+    run_all(jobs, at_once, threads)
     table = make_table(args, jobs)
     if args.ablations:
         print_ablations(args, table, jobs)

@@ -44,13 +44,22 @@ def parse_args(argv=None):
     add("--split-seed", type=int, default=1, help="draws the shots (%(default)s)")
     add("--device", default=machine.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
     add("--workers", type=int, default=0, help="processes that read pictures (%(default)s)")
-    add("--output-dir", help="where the run is written (runs/linear_probe-<dataset>-<shots>shot-seed<seed>)")
+    add("--output-dir", help="where the run is written (runs/linear_probe-<dataset>-<shots>shot-seed<seed>, with the "
+        "options that are not the usual ones)")
     add("--overwrite", action="store_true", help="replace the run that the output folder holds")
     args = parser.parse_args(argv)
     machine.refuse_empty(parser, args)
     args.model = clip.full_name(args.model or machine.default_model(args.dataset))
-    args.output_dir = args.output_dir or runs.folder_name("linear_probe", args.dataset, args.shots, args.seed)
+    with machine.plain_errors():
+        args.data_root = data.find_root(args.dataset, args.data_root)
+    args.output_dir = args.output_dir or runs.folder_name(configuration(args), vars(parser.parse_args([])))
     return args
+
+
+def configuration(args):
+    """The options that belong to a run, and what the loop of train.py would have: what result.json names."""
+    return {**{name: value for name, value in vars(args).items() if name != "overwrite"}, "method": "linear_probe",
+            "classes": "all", "sampler": "exact", "amp": "off", "test_split": "test"}
 
 
 @machine.plain_errors()
@@ -58,15 +67,13 @@ def main(args):
     """Features, the search for c, the fit, the test."""
     started, folder = time.time(), Path(args.output_dir)
     machine.check_device(args.device)
-    args.data_root = data.find_root(args.dataset, args.data_root)
-    runs.check_free(folder, overwrite=args.overwrite)
-    config = {"method": "linear_probe", **{name: value for name, value in vars(args).items() if name != "overwrite"},
-              "sampler": "exact", "amp": "off", "test_split": "test"}
+    config = configuration(args)
+    runs.check_free(folder, config, overwrite=args.overwrite)
     train, val, test, class_names = data.load(args.dataset, args.data_root, args.shots, args.split_seed)
     if not val:
         raise ValueError(f"{args.dataset} has no validation images, on which the linear probe chooses its penalty")
     _lock = runs.lock(folder)                              # kept open until the end
-    runs.check_free(folder, overwrite=args.overwrite)      # why again: another process had the folder till now
+    runs.check_free(folder, config, overwrite=args.overwrite)    # why again: another process had the folder till now
     clip_model, _ = clip.load(args.model, args.device)
     train_features, val_features = (image_features(clip_model, items, args) for items in (train, val))
     c = search(*train_features, *val_features)

@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import time
 import zipfile
 from pathlib import Path
@@ -26,6 +27,7 @@ import clip  # before torch: it bounds how long torch's threads wait
 import torch
 
 from clip.loader import check_archive
+from harness import machine
 from methods import METHODS, OPTIONS
 
 # What a run writes beside last.pt, log.jsonl and lock, as patterns.
@@ -38,6 +40,8 @@ ADDED = {"method": "sotglp", "recipe": "paper", "local_mean": False, "vv_alias":
          "activation": "quickgelu", "template": None, "held_out": None, "test_split": "test", "classes": "all"}
 # Options that change how a run is computed and stored, but not what is computed.
 PRACTICAL = {"data_root", "output_dir", "device", "workers", "amp", "text_chunk", "checkpoint_text"}
+# Options that have a place of their own in the name of a run's folder, and those that are no part of a configuration.
+NAMED = {"method", "recipe", "dataset", "model", "classes", "shots", "seed", "resume", "overwrite"}
 
 
 # ---- from a folder to a model --------------------------------------------------------------------------------
@@ -159,20 +163,65 @@ def finished_runs(folder):
     return [path.parent for path in sorted(Path(folder).rglob("result.json"))]
 
 
-def folder_name(method, dataset, shots, seed, classes="all", folder="runs"):
-    """Where a run is written if nobody says otherwise."""
-    parts = [method] * (method != "sotglp") + [dataset] + [classes] * (classes != "all")
-    return f"{folder}/{'-'.join(parts)}-{shots}shot-seed{seed}"
+def folder_name(options, defaults):
+    """Where a run is written if nobody says otherwise, such as runs/released-eurosat-ViT-B-32-16shot-epochs20-seed1.
+
+    The name has all in which a run is not the usual one of its dataset. options: as given, with method, model and
+    data_root filled in; defaults: what the other ones are where they are not given.
+    """
+    method, recipe, dataset, model = (options.get(name) for name in ("method", "recipe", "dataset", "model"))
+    parts = [method] if method != "sotglp" else []
+    parts += [recipe] if recipe not in (None, "paper") else []
+    parts += [dataset, os.path.basename(options["data_root"])] if dataset == "folder" else [dataset]
+    if model != machine.default_model(dataset):
+        parts.append(Path(model).stem if os.path.isabs(model) else model)
+    parts += ["base"] if options["classes"] == "base" else []
+    parts.append(f"{options['shots'] or 'all'}shot")
+    parts += [in_words(name, options[name]) for name, default in defaults.items()
+              if name not in NAMED | PRACTICAL and options[name] != default]
+    # why: a blank or a slash would need quotes, or make folders
+    return "runs/" + "-".join(re.sub(r"[^\w.+]+", "-", part).strip("-") for part in parts) + f"-seed{options['seed']}"
 
 
-def check_free(folder, resume=False, overwrite=False):
-    """Raises ValueError where a run stands in this folder that is neither to be replaced nor to go on."""
-    there = [name for name in ("last.pt", "result.json") if (Path(folder) / name).exists()]
-    goes_on = "last.pt" in there
-    if there and not overwrite and not (resume and goes_on):
-        raise ValueError(f"{folder} holds a run already{'' if goes_on else ', without a last.pt to go on from'}: "
-                         + "train.py --resume goes on with it, " * goes_on
-                         + "--overwrite replaces it, and --output-dir names another folder")
+def in_words(name, value):
+    """An option and its value in the name of a folder: epochs20, no-vv, plan-sinkhorn, top-k5+10."""
+    name = name.replace("_", "-")
+    if value is True:
+        return name
+    if value is False:
+        return name.removeprefix("no-") if name.startswith("no-") else f"no-{name}"
+    if isinstance(value, str):
+        return f"{name}-{value[:30]}"
+    numbers = value if isinstance(value, list) else [value]
+    return name + "+".join(f"{number:.10g}" for number in numbers)
+
+
+def check_free(folder, config, resume=False, overwrite=False):
+    """Raises ValueError where a run stands in this folder that is neither to be replaced nor to go on.
+
+    The error says in which options that run differs from a configuration, and what to do.
+    """
+    folder = Path(folder)
+    goes_on, finished = (folder / "last.pt").exists(), (folder / "result.json").exists()
+    if not (goes_on or finished) or overwrite or (resume and goes_on):
+        return
+    before = (read_checkpoint(folder) if goes_on else read_result(folder))["config"]
+    differs = changes(before, config)
+    if config["dataset"] == "folder" and before["data_root"] != config["data_root"]:
+        differs.append(f"data_root was {before['data_root']}, is {config['data_root']}")
+    others = f"--output-dir {unused(folder)} leaves it alone, --overwrite replaces it"
+    if differs:
+        raise ValueError(f"{folder} holds a run already, with other options ({'; '.join(differs)}): {others}")
+    if not goes_on:
+        raise ValueError(f"{folder} holds a run already, without a last.pt to go on from: {others}")
+    shows = "shows its result" if finished else "goes on with it"
+    raise ValueError(f"{folder} holds a run already, with the same options: python train.py --resume {folder} {shows}; "
+                     + others)
+
+
+def unused(folder):
+    """A folder beside this one that does not exist: runs/a -> runs/a-2."""
+    return next(name for name in (f"{folder}-{n}" for n in itertools.count(2)) if not os.path.exists(name))
 
 
 def remove(folder, patterns=REPORTS):

@@ -44,7 +44,7 @@ def seeded():
 
 # ---- what is the user's stays the user's
 
-USERS = [PROJECT / folder for folder in ("runs", "data", "ablations")]
+USERS = [PROJECT / folder for folder in ("runs", "data", "comparison", "ablations")]
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir")
 noticed = []

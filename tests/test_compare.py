@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from extras import compare
-from sources import critters
 import evaluate
 from extras import linear_probe
 import train as script
@@ -36,7 +35,7 @@ def started(monkeypatch):
             return subprocess.CompletedProcess(command, 0)
         if name == "ood.py":
             table = {row: {"near": {"auroc": 1.0}, "mean": {"auroc": value}} for row, value in AUROC.items()}
-            fields = {"temperature": 1.0, "local_weight": 1.0, "images": dict.fromkeys(["ID", *critters.OOD_SETS], 9)}
+            fields = {"temperature": 1.0, "local_weight": 1.0, "ood_root": {}}
             (Path(options[0]) / "ood.json").write_text(json.dumps({**fields, "table": table}))
             return subprocess.CompletedProcess(command, 0)
         if name == "evaluate.py":
@@ -46,6 +45,7 @@ def started(monkeypatch):
             return subprocess.CompletedProcess(command, 0)
         args = linear_probe.parse_args(options) if name == "extras.linear_probe" else script.parse_args(options)
         config = {"method": "linear_probe", **vars(args)}
+        config = {name: value for name, value in config.items() if name != "resume"}
         if ("fail", args.seed) in ACCURACY:
             stdout.write("Traceback\nerror: no such luck\n")
             return subprocess.CompletedProcess(command, 1)
@@ -55,7 +55,7 @@ def started(monkeypatch):
             **{key: config[key] for key in ("dataset", "model", "shots", "seed", "split_seed")}, "config": config,
             "accuracy": ACCURACY[config["method"], args.seed] - 10 * args.seed * config.get("no_vv", False),
             "zero_shot_accuracy": 31.0, "test_images": 960, "seconds": 60.0,
-            "learned_parameters": 2048}))
+            "learned_parameters": 2048, "threads": int(env["OMP_NUM_THREADS"])}))
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(compare.subprocess, "run", pretend)
@@ -122,23 +122,46 @@ def test_the_papers_column_stands_beside_vit_b16_at_16_shots_alone(started, tmp_
     assert {name for name, *_ in started} == {"train.py"}                # no OOD sets go with DTD
 
 
-def test_a_run_with_other_options_is_refused_before_anything_starts(started, tmp_path):
+def test_tables_with_other_options_stand_side_by_side(started, tmp_path):
     run(tmp_path, "--methods", "coop", "--seeds", "1", "--epochs", "7")
+    run(tmp_path, "--methods", "coop", "--seeds", "1", "--model", "ViT-B/32")
+    run(tmp_path, "--methods", "coop", "--seeds", "1")
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
+        "coop-critters-16shot-epochs7-seed1", "coop-critters-ViT-B-32-16shot-seed1", "coop-critters-16shot-seed1"}
+    assert [name for name, *_ in started].count("train.py") == 3
+
+
+@pytest.mark.parametrize("name, value, complaint", [
+    ("config", {"epochs": 7}, "epochs was 7, is 200"), ("threads", 2, "threads were 2, are 1")])
+def test_a_run_with_other_options_is_refused_before_anything_starts(name, value, complaint, started, tmp_path):
+    run(tmp_path, "--methods", "coop", "--seeds", "1")
+    path = tmp_path / "coop-critters-16shot-seed1/result.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps({**result, name: {**result[name], **value} if name == "config" else value}))
     started.clear()
-    with pytest.raises(SystemExit, match=r"holds a run with other options \(epochs was 7, is 200"):
+    with pytest.raises(SystemExit, match=rf"holds a run with other options \({complaint}\): --output-dir .*-2 leaves"):
         run(tmp_path, "--methods", "sotglp", "coop", "--seeds", "1")
     assert started == []
 
 
 @pytest.mark.parametrize("name, value, complaint", [
     ("temperature", 1000.0, r"temperature 1000\.0, here 1\.0"), ("local_weight", 0.5, r"local_weight 0\.5, here 1\.0"),
-    ("images", {"ID": 9, "mine": 3}, r"sets \['mine'\], here")])
+    ("ood_root", {"near": "/mine"}, r"ood_root {'near': '/mine'}, here {}")])
 def test_a_table_of_ood_with_other_options_is_refused(name, value, complaint, started, tmp_path):
     run(tmp_path, "--methods", "coop", "--seeds", "1")
     path = tmp_path / "coop-critters-16shot-seed1/ood.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
     with pytest.raises(SystemExit, match=r"ood.json was made with other options \(" + complaint):
         run(tmp_path, "--methods", "coop", "--seeds", "1")
+
+
+def test_a_table_of_ood_that_was_not_asked_for_is_not_shown(started, tmp_path, capsys):
+    # no OOD sets go with DTD; the user scored one run against pictures of her own
+    options = ("--dataset", "dtd", "--methods", "coop", "--seeds", "1", "2")
+    run(tmp_path, *options)
+    (tmp_path / "coop-dtd-16shot-seed1/ood.json").write_text(json.dumps({"table": {"mcm": {"mean": {"auroc": 77.7}}}}))
+    run(tmp_path, *options)
+    assert "77.7" not in capsys.readouterr().out
 
 
 def test_options_are_the_same_for_all_rows_or_refused(started, tmp_path, capsys):
@@ -175,7 +198,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(started, tmp_path, mo
 def test_ablations_stand_beside_the_full_method_paired_by_seed(started, tmp_path, capsys):
     run(tmp_path, "--ablations", "--methods", "no_vv")
     assert [name for name, *_ in started].count("train.py") == 6         # the full method too, though not named
-    assert (tmp_path / "no_vv-critters-16shot-seed3/weights.json").exists()
+    assert (tmp_path / "critters-16shot-no-vv-seed3/weights.json").exists()
     printed = capsys.readouterr().out
     rows = {line[:32].strip(): line[32:].split() for line in printed.splitlines()}
     # full: 70, 71, 72. w/o V-V: 60, 51, 42, so -10, -20, -30: mean -20, sd 10, standard error 10 / sqrt(3) = 5.77.
@@ -219,7 +242,8 @@ def test_the_time_is_foretold_by_the_runs_that_are_finished(started, tmp_path, c
     ("epsilon_0.01", {"epsilon": 0.01, "n_iters": 100})])
 def test_an_ablation_changes_one_thing(row, changes):
     base, changed = (vars(script.parse_args(options)) for options in ([], compare.ABLATIONS[row][1]))
-    assert {name: changed[name] for name in changed if changed[name] != base[name]} == changes
+    assert {name: changed[name] for name in changed
+            if changed[name] != base[name] and name != "output_dir"} == changes
 
 
 def test_weights_of_a_run_agree_with_its_result(trained, tmp_path):

@@ -155,11 +155,26 @@ def test_a_run_is_not_replaced_unasked(left, trained, options, tmp_path):
     message = error_of(train, *options, "--output-dir", tmp_path)
     assert all(option in message for option in (str(tmp_path), "--overwrite", "--output-dir"))
     if left == "last.pt":
-        assert "train.py --resume goes on with it" in message
+        assert f"python train.py --resume {tmp_path} goes on with it" in message
     else:                                                        # what was learned is gone, the result must not go too
         message = error_of(train, *options, "--output-dir", tmp_path, "--resume")
         assert "holds a run already, without a last.pt to go on from" in message
     assert everything(tmp_path) == before
+
+
+def test_a_refusal_says_what_differs_and_what_works(trained, options, pictures, tmp_path):
+    run = copy(trained, tmp_path / "run")
+    options = (*options, "--output-dir", run)
+    message = error_of(train, *options)
+    assert f"{run} holds a run already, with the same options: python train.py --resume {run} shows its" in message
+    (tmp_path / "run-2").mkdir()
+    message = error_of(train, *options, "--seed", 2, "--epsilon", 0.2)
+    assert f"with other options (seed was 1, is 2; epsilon was 0.1, is 0.2): --output-dir {run}-3 leaves" in message
+    shutil.copytree(pictures, tmp_path / "others")
+    message = error_of(train, *options, "--data-root", tmp_path / "others")
+    assert f"with other options (data_root was {pictures}, is {tmp_path}/others)" in message
+    message = error_of(train, *options, "--epsilon", 0.2, "--resume")
+    assert f"(epsilon was 0.1, is 0.2): python train.py --resume {run} goes on with its own" in message
 
 
 def test_overwrite_replaces_a_run_once_a_new_checkpoint_stands(trained, options, tmp_path):

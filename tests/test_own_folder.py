@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import data
-import runs
+import train
 from conftest import PROJECT, noticed, touches
 
 
@@ -44,4 +44,4 @@ def test_default_folders_are_the_tests_own():
     here = Path.cwd()
     assert not here.is_relative_to(PROJECT) and not [*here.iterdir()]
     assert data.find_root("eurosat") == str(here / "data")
-    assert Path(runs.folder_name("sotglp", "critters", 16, 1)).absolute().parent == here / "runs"
+    assert Path(train.parse_args([]).output_dir).absolute().parent == here / "runs"

@@ -6,6 +6,7 @@ All in this process, on nine pictures; test_scripts.py runs the commands themsel
 import inspect
 import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,6 @@ def test_defaults_are_the_papers():
 @pytest.mark.parametrize("arguments, field, value", [
     ((), "output_dir", "runs/critters-16shot-seed1"),
     (("--dataset", "dtd", "--shots", "2", "--seed", "3"), "output_dir", "runs/dtd-2shot-seed3"),
-    (("--method", "coop", "--classes", "base"), "output_dir", "runs/coop-critters-base-16shot-seed1"),
     (("--epochs", "20"), "warmup_epochs", 2),               # a tenth of the epochs
     (("--epochs", "80"), "warmup_epochs", 5),
     (("--device", "cpu"), "amp", "off"), (("--device", "cpu"), "workers", 0),
@@ -50,6 +50,28 @@ def test_defaults_are_the_papers():
 def test_what_is_not_given_follows_from_the_rest(arguments, field, value, monkeypatch):
     monkeypatch.setenv("DATA_ROOT", "/from the environment")
     assert getattr(script.parse_args([*arguments]), field) == value
+
+
+@pytest.mark.parametrize("arguments, name", [
+    ("", "critters-16shot-seed1"), ("--shots 0", "critters-allshot-seed1"),
+    ("--method coop --classes base", "coop-critters-base-16shot-seed1"),
+    ("--recipe released", "released-critters-16shot-seed1"), ("--recipe paper", "critters-16shot-seed1"),
+    ("--model tiny", "critters-16shot-seed1"), ("--model vit-b-32", "critters-ViT-B-32-16shot-seed1"),
+    ("--dataset dtd --model tiny", "dtd-tiny-16shot-seed1"), ("--model mine.v2.pt", "critters-mine.v2-16shot-seed1"),
+    ("--dataset folder --data-root my/photos --shots 4", "folder-photos-4shot-seed1"),
+    ("--epochs 20", "critters-16shot-epochs20-seed1"), ("--epochs 50", "critters-16shot-seed1"),
+    ("--method coop --epochs 50", "coop-critters-16shot-epochs50-seed1"),
+    ("--warmup-epochs 2 --seed 3 --split-seed 2", "critters-16shot-split-seed2-warmup-epochs2-seed3"),
+    ("--recipe released --epochs 50 --plan-gradient", "released-critters-16shot-epochs50-plan-gradient-seed1"),
+    ("--no-vv --lambda-local 1 --lr 1e-3", "critters-16shot-lr0.001-lambda-local1-no-vv-seed1"),
+    ("--method gallop --top-k 5 10", "gallop-critters-16shot-top-k5+10-seed1"),
+    ("--method coop --words 'a photo of a'", "coop-critters-16shot-words-a-photo-of-a-seed1"),
+    ("--template 'my {}/it.'", "critters-16shot-template-my-it.-seed1"),
+    ("--sampler proportional", "critters-16shot-sampler-proportional-seed1"),
+    ("--device cpu --amp bf16 --workers 2 --text-chunk 3 --checkpoint-text", "critters-16shot-seed1")])
+def test_the_name_of_a_folder_says_what_differs(arguments, name):
+    Path("mine.v2.pt").touch()
+    assert script.parse_args(shlex.split(arguments)).output_dir == f"runs/{name}"
 
 
 def test_folders_and_files_become_absolute(tmp_path, monkeypatch):
