@@ -33,7 +33,7 @@ def test_the_recipe_is_that_of_the_datasets_script(dataset):
     assert [args[name] for name in ("epochs", "batch_size", "n_local")] == [*map(int, counts)]
     paper = vars(script.parse_args(["--dataset", dataset]))
     assert {name: args[name] for name in args if args[name] != paper[name]
-            and name not in ("lr", "epochs", "batch_size", "n_local")} == {
+            and name not in ("lr", "epochs", "batch_size", "n_local", "output_dir")} == {
         "recipe": "released", "warmup_epochs": 0, "n_global": 3, "lambda_local": 1.0, "sampler": "proportional",
         "local_mean": True, "no_plan_gradient": True, "vv_alias": True, "keep_underscores": True}
 
