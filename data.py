@@ -309,10 +309,10 @@ def own_lists(root, seed, held_out=None):
         # why as UTF-8: a class must have the same name, and so the same tokens, whatever the locale is
         folder: re.sub("[_-]", " ", os.fsencode(folder).decode("utf-8", "replace"))
         for folder in files.class_folders(parts["train"])}
+    lists = {part: class_items(folder, names) for part, folder in parts.items()}
     if len(names) < 2:
         raise ValueError(f"1 class: {parts['train']} has one class folder, {min(names)!r}, and two or more are needed. "
                          "Is --data-root one level too high, or too low?")
-    lists = {part: class_items(folder, names) for part, folder in parts.items()}
     if len(parts) == 1:
         return hold_out(lists["train"], seed, HELD_OUT if held_out is None else held_out)
     test = lists.pop("test", None) or lists.pop("val")
@@ -401,15 +401,14 @@ def remarks(root):
 
 
 def check_pictures(items, rank=0, world=1):
-    """Reads every picture once, as people see it. Raises ValueError that names those which cannot be read.
+    """Reads each picture once, as people see it. Raises ValueError that names all which cannot be read.
 
     why before training: else it would end at the first one, minutes or hours later. Each process reads its share.
     """
     faults = files.unreadable([path for path, *_ in items[rank::world]], lambda path: read_image(path, own=True))
     if faults:
-        shown = faults[:20] + [f"and {len(faults) - 20} more"] * (len(faults) > 20)
         raise ValueError(f"{len(faults)} of {len(items)} pictures cannot be read: replace or remove them\n"
-                         + "\n".join(shown))
+                         + "\n".join(faults))
 
 
 # ---- how pictures are read -----------------------------------------------------------------------------------

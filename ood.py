@@ -330,14 +330,14 @@ def main(args):
     """Finds the pictures, scores each once, prints the table and writes it."""
     start = time.time()
     machine.check_device(args.device, args.amp)
-    if args.run:
-        machine.check_writable(args.run)
     if args.csv:
         runs.check_csv(args.csv)
     checkpoint = runs.read_checkpoint(args.run) if args.run else {"config": {
         "dataset": args.dataset, "model": clip.full_name(args.model or machine.default_model(args.dataset)),
         "method": "zero-shot", "shots": 0}}
     config = checkpoint["config"]
+    if args.run:
+        machine.check_writable(args.run)
     if args.temperature is None:
         args.temperature = released.OOD_TEMPERATURE if config.get("recipe") == "released" else 1.0
     sets, class_names = find_pictures(args, checkpoint)

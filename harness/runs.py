@@ -101,8 +101,8 @@ def read_checkpoint(run):
     """
     path = Path(run) / "last.pt"
     if not path.is_file():
-        raise FileNotFoundError(f"{run} holds no last.pt: name a folder that train.py wrote, such as "
-                                "runs/critters-16shot-seed1")
+        what = f"{run} holds no last.pt" if Path(run).is_dir() else f"there is no folder {run}"
+        raise FileNotFoundError(f"{what}: name one that train.py wrote, such as runs/critters-16shot-seed1")
     try:
         with zipfile.ZipFile(path) as archive:
             check_archive(archive)

@@ -51,7 +51,7 @@ noticed = []
 
 
 def touches(event, arguments):
-    """Whether an event of Python's audit hooks looks into a folder of the user's, or changes the project's folder.
+    """Whether an event of Python's audit hooks looks into a folder of the user's, or changes the project's.
 
     A program that starts in the project's folder counts: its default folders would be the user's.
     """
@@ -92,10 +92,11 @@ def away_from_the_user(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path_factory, monkeypatch):
     """A working directory for each test. What the test touches of the user's makes it fail."""
-    noticed.clear()
     monkeypatch.chdir(tmp_path_factory.mktemp("test"))
     yield
-    assert not noticed, f"this test touches the folder of the project: {noticed[0]}"
+    found = noticed.copy()
+    noticed.clear()
+    assert not found, f"this test, or what it is made from, touches the folder of the project: {found[0]}"
 
 
 # ---- a model

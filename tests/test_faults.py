@@ -19,6 +19,7 @@ import clip
 import data
 import evaluate
 import ood
+from extras import compare, visualize
 from harness import machine, runs
 import train as script
 from conftest import copy, random_clip, read, train
@@ -349,6 +350,15 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_test(trained, monke
     monkeypatch.setattr(runs, "build", None)                     # nothing is computed
     for module in (evaluate, ood):
         assert f"{trained} is read-only here" in error_of(command, module, trained)
+
+
+def test_a_run_that_does_not_exist_is_said_to_be_missing(tmp_path):
+    message = (f"error: there is no folder {tmp_path}/gone: name one that train.py wrote, such as "
+               "runs/critters-16shot-seed1")
+    for module in (evaluate, ood, visualize):
+        assert error_of(command, module, tmp_path / "gone") == message
+    assert error_of(command, compare, "--weights", tmp_path / "gone") == message
+    assert error_of(train, "--resume", tmp_path / "gone") == message
 
 
 def test_too_many_prompts_are_too_much_memory(options, tmp_path):

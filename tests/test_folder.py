@@ -131,6 +131,16 @@ def test_one_class_is_refused(tmp_path):
         data.load("folder", tmp_path / "all/cat", 1, 1)
 
 
+@pytest.mark.parametrize("lines, complaint", [
+    ("cat kitten\n", "1 class names for 2 class folders in .*; without counterpart: dog$"),
+    ("bird\n", "1 class names for 2 class folders in .*; without counterpart: bird, cat, dog$")])
+def test_one_name_for_two_folders_is_no_case_of_one_class(lines, complaint, tmp_path):
+    folder_tree(tmp_path, ["cat", "dog"])
+    (tmp_path / "classnames.txt").write_text(lines)
+    with pytest.raises(ValueError, match=complaint):
+        data.load("folder", tmp_path, 1, 1)
+
+
 def test_validation_takes_what_training_left_where_there_is_no_other_part(tmp_path):
     folder_tree(tmp_path, ["few", "many"], 4)
     for i in range(4, 20):
@@ -160,17 +170,17 @@ def test_nothing_is_left_out_without_a_word(tmp_path):
 
 
 def test_every_picture_that_cannot_be_read_is_named(tmp_path):
-    folder_tree(tmp_path, ["a"], 4)
-    items = [(str(tmp_path / f"a/{i}.png"), 0, "a") for i in range(4)]
+    folder_tree(tmp_path, ["a"], 25)
+    items = [(str(tmp_path / f"a/{i}.png"), 0, "a") for i in range(25)]
     data.check_pictures(items)
-    for i in (1, 2):
+    for i in range(1, 25):
         (tmp_path / f"a/{i}.png").write_bytes((tmp_path / f"a/{i}.png").read_bytes()[:-60])
     with pytest.raises(ValueError) as error:
         data.check_pictures(items)
     first, *names = str(error.value).splitlines()
-    assert first.startswith("2 of 4 pictures cannot be read")
-    assert [name.split(": ")[0] for name in names] == [f"cannot read picture {tmp_path}/a/{i}.png" for i in (1, 2)]
-    data.check_pictures(items, rank=0, world=4)                    # the first process of four reads the first one alone
+    assert first.startswith("24 of 25 pictures cannot be read")
+    assert [name.split(": ")[0] for name in names] == [f"cannot read picture {path}" for path, *_ in items[1:]]
+    data.check_pictures(items, rank=0, world=25)            # the first process of 25 reads the first one alone
 
 
 def test_a_warning_names_its_picture_once(tmp_path, monkeypatch, capsys):
