@@ -73,7 +73,7 @@ def touches(event, arguments):
 
 def notice(event, arguments):
     if touches(event, arguments):
-        noticed.append(f"{event} {arguments}")
+        noticed.append(f"{event} {arguments[0]}")
 
 
 sys.addaudithook(notice)
@@ -86,6 +86,7 @@ def away_from_the_user(tmp_path_factory):
         patch.chdir(tmp_path_factory.mktemp("away"))
         patch.setenv("CLIP_CACHE", str(tmp_path_factory.mktemp("weights")))
         patch.delenv("DATA_ROOT", raising=False)
+        noticed.clear()                 # why: until here pytest and the imports worked in the user's folder
         yield
 
 
