@@ -255,10 +255,7 @@ def set_up(args, rank, world, device):
     if args.cache_features and not model.stream:
         raise ValueError(f"--cache-features: {args.method} learns prompts of the image tower, so that the features of "
                          "an image change with every step; leave the option out")
-    # why fused on a GPU: it skips a step of overflown gradients by itself; else the host would wait to know of them
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=args.lr, momentum=0.9,
-                                weight_decay=args.weight_decay, fused=device.type == "cuda")
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    optimizer, scaler = make_optimizer(model, args, device)
     fingerprint = {"config": config, "class_names": class_names, "clip_sha256": clip.weights_hash(clip_model),
                    "data": {part: runs.digest(items, args.data_root)
                             for part, items in (("training", train_set), ("test", test_set))},
@@ -277,6 +274,18 @@ def set_up(args, rank, world, device):
     elif args.resume and rank == 0:
         print(f"nothing to resume in {run.folder}, which has no last.pt: the run starts anew")
     return run
+
+
+def make_optimizer(model, args, device):
+    """SGD on all that is learned, and the scaler of its loss in fp16."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    # why fused on a GPU: it skips a step of overflown gradients by itself; else the host would wait to know of them
+    optimizer = torch.optim.SGD(learned, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay,
+                                fused=device.type == "cuda")
+    # why: the fused one leaves the momentum as the memory happens to be where it skips the very first step
+    for parameter in learned:
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer, torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
 
 def resume(run):
@@ -384,7 +393,7 @@ def learning_rate(epoch, args):
 
 def train_epoch(run, network, batches, epoch):
     """One pass over the few-shot images, the next ones of an iterator -> the fields of its line in log.jsonl."""
-    args, model, began, sums = run.args, run.model, time.time(), 0
+    args, model, began, sums, skipped = run.args, run.model, time.time(), 0, 0
     draws = torch.Generator().manual_seed((args.seed * 100_003 + epoch) % 2**63)
     n_steps = math.ceil(len(run.train_set) / args.batch_size)
     network.train()
@@ -400,11 +409,14 @@ def train_epoch(run, network, batches, epoch):
         run.optimizer.zero_grad(set_to_none=True)
         # why times world: DDP averages gradients over the ranks, but the parts of the loss add up
         run.scaler.scale(loss * run.world).backward()
+        if run.scaler.is_enabled():
+            skipped = skipped + overflown(run.optimizer)
         run.scaler.step(run.optimizer)
         run.scaler.update()
         # why a sum on the device: the host need not wait for each step
         sums = sums + batch_sums(model, outputs, labels, {"loss": loss, **terms}, n_batch)
-    return {**epoch_means(run, sums, ["loss", *(f"{term}_loss" for term in terms)]), **diagnose(run, images, labels),
+    return {**epoch_means(run, sums, ["loss", *(f"{term}_loss" for term in terms)]),
+            **skipped_steps(run, skipped, n_steps, epoch), **diagnose(run, images, labels),
             "lr": run.optimizer.param_groups[0]["lr"], "seconds": round(time.time() - began, 2)}
 
 
@@ -418,6 +430,26 @@ def batch_sums(model, outputs, labels, losses, n_batch):
     """Sums over the images of a step: each loss, then how many images are right by the first score, then how many."""
     right = (next(iter(model.scores(outputs).values())).argmax(dim=1) == labels).sum()
     return torch.stack([*(loss.detach() * n_batch for loss in losses.values()), right, torch.ones_like(labels).sum()])
+
+
+def overflown(optimizer):
+    """1 where a gradient is not finite, so that the scaler will skip the step, else 0; on the device."""
+    gradients = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+    return 1 - torch.stack([gradient.isfinite().all() for gradient in gradients]).all().long()
+
+
+def skipped_steps(run, skipped, n_steps, epoch):
+    """How many steps of an epoch fp16 skipped, for the log. Raises ValueError where no step was made.
+
+    why: the losses of such an epoch look like those of any other, but nothing was learned.
+    """
+    if not run.scaler.is_enabled():
+        return {}
+    skipped = int(skipped)
+    if skipped == n_steps:
+        raise ValueError(f"epoch {epoch + 1}: all {n_steps} steps were skipped, their gradients overflowed in fp16: "
+                         "try --amp bf16 or --amp off; last.pt, if there is one, holds the epoch before")
+    return {"skipped_steps": skipped}
 
 
 def epoch_means(run, sums, names):
