@@ -10,7 +10,6 @@ through the sets of pictures to `confidences`, which makes the rows of the table
 """
 
 import argparse
-import csv
 import math
 import os
 import statistics
@@ -21,13 +20,14 @@ import clip  # before torch: it bounds how long torch's threads wait
 
 import torch
 
-from sources import critters
+import paper
 import data
-import evaluate
 from harness import machine, runs
-from sources.files import absolute, walk
-from methods import released
-from sotglp import mean_cosines, project
+from methods import METHODS
+from methods.zero_shot import ZeroShot
+from sources import critters
+from sources.files import absolute
+from sources.folders import walk
 
 TEMPLATE = "a photo of a {}"     # as in MCM and GL-MCM, for every dataset; CoOp's templates end in a full stop
 
@@ -38,10 +38,13 @@ HOMES = ("ood_data", "", "ImageNet_OOD_dataset")
 SOURCES = ("get iNaturalist, SUN and Places from http://pages.cs.wisc.edu/~huangrui/imagenet_ood_dataset/<set>.tar.gz; "
            "Textures is all of DTD: python data.py --dataset dtd --data-root DIR --download")
 
-# The rows, controls first. GL-MCM was published on the value path of the last block; nothing is published for V-V.
-ROWS = {"zero_shot_mcm": "zero-shot MCM", "zero_shot_gl_mcm": "zero-shot GL-MCM, value path",
-        "zero_shot_gl_mcm_vv": "zero-shot GL-MCM, V-V, none published",
-        "mcm": "this run's MCM", "l_mcm": "this run's L-MCM", "gl_mcm": "this run's GL-MCM"}
+# The rows, controls first: the method of `make_methods`, its score, the label. GL-MCM was published on the value path
+# of the last block; nothing is published for V-V.
+ROWS = {"zero_shot_mcm": ("value", "mcm", "zero-shot MCM"),
+        "zero_shot_gl_mcm": ("value", "gl_mcm", "zero-shot GL-MCM, value path"),
+        "zero_shot_gl_mcm_vv": ("vv", "gl_mcm", "zero-shot GL-MCM, V-V, none published"),
+        "mcm": ("run", "mcm", "this run's MCM"), "l_mcm": ("run", "l_mcm", "this run's L-MCM"),
+        "gl_mcm": ("run", "gl_mcm", "this run's GL-MCM")}
 
 
 # ---- scores: Sec. 3.5, "we follow the GL-MCM protocol" -------------------------------------------------------
@@ -155,52 +158,57 @@ def count_warnings(sets):
 
 # ---- from pictures to scores ---------------------------------------------------------------------------------
 
-def confidences(clip_model, images, text, model=None, prompts=None, temperature=1.0, local_weight=1.0):
+def confidences(images, methods, text_features, temperature=1.0, local_weight=1.0):
     """A batch of pictures -> {row of the table: confidence (B,)} and the predicted classes, (B,).
 
-    text (C, D): unit vectors of TEMPLATE, for the controls. model: a run's method; prompts: of its `encode_prompts()`.
-    A run predicts as everywhere, by the score that decides (Sec. 3.5); without a run it is zero-shot CLIP.
+    methods: those of `make_methods`, by name, the one whose predictions count last; text_features: what
+    `encode_prompts()` of each gave. Every method predicts by the score that decides (Sec. 3.5).
     """
-    proj = clip_model.visual.proj
-    cls, vv = clip_model.encode_patches(images, "vv")
-    _, value = clip_model.encode_patches(images, "value")
-    cosines, value_cosines, vv_cosines = (mean_cosines(project(tokens, proj), text[:, None])       # (B, C), (B, P, C)
-                                          for tokens in (cls, value, vv))
-    options = temperature, local_weight
-    decisive = cosines
-    rows = {"zero_shot_mcm": mcm(cosines, temperature),
-            "zero_shot_gl_mcm": gl_mcm(cosines, value_cosines, *options),
-            "zero_shot_gl_mcm_vv": gl_mcm(cosines, vv_cosines, *options)}
-    if model:
-        features = images if model.stream is None else \
-            (cls, vv) if model.stream == "vv" else clip_model.encode_patches(images, model.stream)
-        decisive = next(iter(model.scores(model(features, texts=prompts)).values()))    # (B, C)
-        image_cosines, patch_cosines = model.cosines(features, prompts)                 # (B, C), (B, P, C)
-        if image_cosines is not None:
-            rows["mcm"] = mcm(image_cosines, temperature)
+    rows = {}
+    for name, method in methods.items():
+        features = method.features(images)
+        cosines, patch_cosines = method.cosines(features, text_features[name])     # (B, C), (B, P, C)
+        scores = {}
+        if cosines is not None:
+            scores["mcm"] = mcm(cosines, temperature)
         if patch_cosines is not None:
-            rows["l_mcm"] = l_mcm(patch_cosines, temperature)
-        if image_cosines is not None and patch_cosines is not None:
-            rows["gl_mcm"] = gl_mcm(image_cosines, patch_cosines, *options)
-    return rows, decisive.argmax(dim=1)
+            scores["l_mcm"] = l_mcm(patch_cosines, temperature)
+        if cosines is not None and patch_cosines is not None:
+            scores["gl_mcm"] = gl_mcm(cosines, patch_cosines, temperature, local_weight)
+        rows |= {row: scores[score] for row, (of, score, _) in ROWS.items() if of == name and score in scores}
+
+    outputs = method(features, None, text_features[name])      # of the last method
+    return rows, method.logits(outputs).argmax(dim=1)
+
+
+def make_methods(clip_model, class_names, model=None):
+    """The methods whose rows stand in the table, by name: two controls, then the run's method where there is one."""
+    methods = {"value": ZeroShot(clip_model, class_names, TEMPLATE),
+               "vv": ZeroShot(clip_model, class_names, TEMPLATE, stream="vv")}
+    if model is not None:
+        methods["run"] = model
+    return methods
 
 
 @torch.no_grad()
-def score_sets(sets, class_names, clip_model, model, args, own=False):
+def score_sets(sets, dataset, methods, args):
     """Each picture of each set once -> {set: {row: scores (n,)}}, {set: predicted classes (n,)}, on the CPU.
 
-    own: pictures of all sets are read as people see them, as those that the run was trained on.
+    Pictures of all sets are read as those of the dataset, on which the run was trained.
     """
-    text = evaluate.zero_shot_text(clip_model, class_names, TEMPLATE)
-    prompts = model.encode_prompts() if model else None
-    preprocess = clip.preprocess(clip_model.visual.resolution)
-    scores, predicted = {}, {}
+    text_features = {name: method.encode_prompts() for name, method in methods.items()}
+    resolution = methods["value"].clip.visual.resolution
+    scores = {}
+    predicted = {}
     for name, items in sets.items():
-        pictures = data.Pictures(items, preprocess, own=own)
-        loader = data.test_loader(pictures, evaluate.EVAL_BATCH, args.workers, args.device)
-        batches, classes = zip(*(confidences(clip_model, images.to(args.device), text, model, prompts,
-                                             args.temperature, args.local_weight)
-                                 for images, _ in machine.progress(loader, name)))
+        batches = []
+        classes = []
+        loader = data.test_batches(items, dataset, resolution, args.workers, args.device)
+        for images, _ in machine.progress(loader, name):
+            rows, labels = confidences(images.to(args.device), methods, text_features, args.temperature,
+                                       args.local_weight)
+            batches.append(rows)
+            classes.append(labels)
         scores[name] = {row: torch.cat([batch[row] for batch in batches]).cpu() for row in batches[0]}
         predicted[name] = torch.cat(classes).cpu()
     return scores, predicted
@@ -225,11 +233,11 @@ def paper_rows(config, sets):
     if config["dataset"] != "imagenet" or config["model"] != "ViT-B/16" or [*sets] != ["ID", *BENCHMARK]:
         return {}
     rows = {"zero_shot_mcm": "CLIP (MCM)", "zero_shot_gl_mcm": "CLIP (GL)"}
-    variants = {(False, False, False): "SOT-GLP", (True, False, False): "w/o V-V", (False, True, False): "w/o Proj"}
-    switches = tuple(config.get(name) for name in ("no_vv", "no_local_projection", "shared_local"))
+    variants = {(True, True, True): "SOT-GLP", (False, True, True): "w/o V-V", (True, False, True): "w/o Proj"}
+    switches = tuple(config.get(name) for name in ("vv_attention", "local_projection", "class_specific"))
     if switches in variants and config["shots"] == 16 and config["method"] == "sotglp":
         rows["gl_mcm"] = variants[switches]
-    table = {line["method"]: line for line in evaluate.paper_table(3)}
+    table = {line["method"]: line for line in paper.table(3)}
     return {row: {name: {metric.lower(): table[line][f"{name} {metric}"] for metric in ("FPR95", "AUROC")}
                   for name in (*BENCHMARK, "mean")} for row, line in rows.items()}
 
@@ -241,24 +249,21 @@ def show(table, paper):
 
     print_row("FPR95 / AUROC in percent", {name: name for name in next(iter(table.values()))})
     for row, cells in table.items():
-        for label, found in ((ROWS[row], cells), ("    the paper's Table 3", paper.get(row))):
+        for label, found in ((ROWS[row][2], cells), ("    the paper's Table 3", paper.get(row))):
             if found:
                 print_row(label, {name: "{fpr95:.1f} / {auroc:.1f}".format(**cell) for name, cell in found.items()})
     for row, cells in table.items():
         worse = [f"{name} {cell['auroc']:.1f}" for name, cell in cells.items() if cell["auroc"] < 50]
         if worse:
-            print(f"warning: {ROWS[row]}: AUROC below 50 %, worse than chance, on {', '.join(worse)}; "
+            print(f"warning: {ROWS[row][2]}: AUROC below 50 %, worse than chance, on {', '.join(worse)}; "
                   "is the set what it should be? --csv lists its pictures")
 
 
-def write_csv(path, sets, scores, predicted, row, class_names):
+def csv_rows(sets, scores, predicted, row, class_names):
     """One line per picture: path, set, score, predicted class."""
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        lines = csv.writer(file)
-        lines.writerow(["path", "set", "score", "predicted"])
-        for name, items in sets.items():
-            for (picture, *_), score, label in zip(items, scores[name][row].tolist(), predicted[name].tolist()):
-                lines.writerow([picture, name, score, class_names[label]])
+    return [{"path": path, "set": name, "score": score, "predicted": class_names[label]}
+            for name, items in sets.items()
+            for (path, *_), score, label in zip(items, scores[name][row].tolist(), predicted[name].tolist())]
 
 
 # ---- the script ----------------------------------------------------------------------------------------------
@@ -281,7 +286,7 @@ def parse_args(argv=None):
     add("--ood-root", action="append", default=[], metavar="NAME=DIR",
         help="pictures below DIR, at any depth, are an OOD set; may be repeated; replaces the dataset's usual ones")
     add("--temperature", type=float, help="of the softmax over raw cosines; 1 in every paper, 1000 in the released "
-        "training script: nearly a linear score (1, and 1000 for a RUN of --recipe released)")
+        "training script: nearly a linear score (1, and 1000 for a RUN of --method released)")
     add("--local-weight", type=float, default=1.0, help="of L-MCM in GL-MCM; 1 for SOT-GLP, GalLoP and LoCoOp, 0.5 in "
         "GL-MCM's own ImageNet script (%(default)s)")
     add("--csv", metavar="FILE", help="path, set, GL-MCM score and predicted class of every picture: sort by score")
@@ -311,10 +316,10 @@ def parse_args(argv=None):
 def find_pictures(args, checkpoint):
     """ID and OOD sets of a configuration -> {set: items}, class names; prints what was found and what looks wrong."""
     config = checkpoint["config"]
-    root = evaluate.root_of(config, args.data_root) if args.run else data.find_root(args.dataset, args.data_root)
+    root = runs.root_of(config, args.data_root) if args.run else data.find_root(args.dataset, args.data_root)
     # why the OOD sets first: what is missing shows at once, while ImageNet's lists take their time
     outside = ood_sets(config["dataset"], root, args.ood_root)
-    test, class_names = (evaluate.unseen_pictures(args.run, checkpoint, args.data_root) if args.run else
+    test, class_names = (runs.unseen_pictures(args.run, checkpoint, args.data_root) if args.run else
                          data.load(config["dataset"], root, shots=0, seed=1)[2:])
     print(f"{args.run or 'zero-shot'}: model {config['model']}, ID {config['dataset']}, {len(test)} test images, OOD "
           + ", ".join(f"{name} {len(items)}" for name, items in outside.items())
@@ -334,12 +339,12 @@ def main(args):
         runs.check_csv(args.csv)
     checkpoint = runs.read_checkpoint(args.run) if args.run else {"config": {
         "dataset": args.dataset, "model": clip.full_name(args.model or machine.default_model(args.dataset)),
-        "method": "zero-shot", "shots": 0}}
+        "method": "zero_shot", "shots": 0}}
     config = checkpoint["config"]
     if args.run:
         machine.check_writable(args.run)
     if args.temperature is None:
-        args.temperature = released.OOD_TEMPERATURE if config.get("recipe") == "released" else 1.0
+        args.temperature = METHODS[config["method"]].ood_temperature if args.run else 1.0
     sets, class_names = find_pictures(args, checkpoint)
     if args.csv:
         Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
@@ -347,8 +352,9 @@ def main(args):
     clip_model = model.clip if model else clip.load(config["model"], args.device)[0]
     if args.amp in machine.HALF:
         clip_model.store_matrices(machine.HALF[args.amp])
+    methods = make_methods(clip_model, class_names, model)
     with machine.autocast(args.amp, args.device):
-        scores, predicted = score_sets(sets, class_names, clip_model, model, args, own=config["dataset"] == "folder")
+        scores, predicted = score_sets(sets, config["dataset"], methods, args)
     table, paper = measure(scores), paper_rows(config, sets)
 
     show(table, paper)
@@ -360,7 +366,7 @@ def main(args):
             "table": table, "paper_table_3": paper, "seconds": round(time.time() - start, 1)})
     if args.csv:
         row = [*table][-1] if model else "zero_shot_gl_mcm"
-        machine.write_whole(args.csv, lambda path: write_csv(path, sets, scores, predicted, row, class_names))
+        machine.write_csv(args.csv, csv_rows(sets, scores, predicted, row, class_names))
 
 
 if __name__ == "__main__":

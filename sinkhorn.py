@@ -12,32 +12,13 @@ Letters:  K kept patches (rows)   L local prompts (columns)   ... any number of 
           cost, plan: the paper's C and T   a, b: its marginals   epsilon: the entropy weight
 """
 
-import functools
 import math
+
+from clip.precision import in_float32  # before torch: clip bounds how long torch's threads wait
 
 import torch
 
 NOTHING = -1e30     # the logarithm of no mass. why not -inf: a row in which all are -inf has no softmax
-
-
-def in_float32(function):
-    """Computes `function` in float32 at least, also when it is called under autocast or with half inputs.
-
-    why: half precision keeps 8 to 11 bits. That is too few for cosines that differ in the third digit and are then
-    divided by epsilon or tau. Autocast on CPU would compute logsumexp and softmax in half precision too.
-    """
-    @functools.wraps(function)
-    def wrapped(*args, **kwargs):
-        device = next((value.device.type for value in (*args, *kwargs.values()) if torch.is_tensor(value)), "cpu")
-        with torch.autocast(device, enabled=False):
-            return function(*map(_at_least_float32, args),
-                            **{name: _at_least_float32(value) for name, value in kwargs.items()})
-    return wrapped
-
-
-def _at_least_float32(value):
-    is_half = torch.is_tensor(value) and value.dtype in (torch.float16, torch.bfloat16)
-    return value.float() if is_half else value
 
 
 @in_float32

@@ -20,7 +20,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import clip  # before torch: it bounds how long torch's threads wait
@@ -31,167 +30,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from sources import files
 import evaluate
 from harness import machine, runs
-from methods import HELP, METHODS, OPTIONS, promptot, released
-
-
-# ---- options -------------------------------------------------------------------------------------------------
-
-def parse_args(argv=None):
-    """The options of the method that --method names. Defaults are the method's, the same for every dataset and model.
-
-    Defaults that depend on other options or on the machine are filled in here, so that the saved configuration is
-    complete.
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--method", choices=METHODS, default="sotglp")
-    first.add_argument("--recipe")
-    first.add_argument("--dataset")
-    first.add_argument("--resume", nargs="?", const=True)
-    known, _ = first.parse_known_args(argv)
-    saved = {}
-    if isinstance(known.resume, str):
-        with machine.plain_errors():
-            saved = {**runs.read_checkpoint(known.resume)["config"], "output_dir": known.resume}
-    parser = make_parser(saved.get("method", known.method))
-    if known.recipe == "released":
-        parser.set_defaults(**released.options(known.dataset))
-    args, unknown = parser.parse_known_args(argv, argparse.Namespace(**saved))
-    if saved and args.method != saved["method"]:
-        parser.error(f"--resume {known.resume}: its method is {saved['method']}, not {args.method}")
-    if saved and Path(args.output_dir) != Path(known.resume):
-        parser.error(f"--resume {known.resume} goes on in this folder: leave out --output-dir {args.output_dir}")
-    machine.refuse_empty(parser, args)
-    if unknown:
-        parser.error(f"{args.method} has no {' '.join(unknown)}: --method {args.method} --help lists what it has")
-    args.model = clip.full_name(args.model or machine.default_model(args.dataset))
-    args.amp = args.amp or machine.default_amp(args.device)
-    if not saved:
-        with machine.plain_errors():
-            args.data_root = data.find_root(args.dataset, args.data_root)
-    args.data_root = files.absolute(args.data_root)
-    args.output_dir = str(args.output_dir or runs.folder_name(vars(args), defaults_of(parser)))
-    if args.warmup_epochs < math.inf:                    # else check_args refuses it
-        args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
-    args.workers = machine.default_workers(args.device) if args.workers is None else args.workers
-    return args
-
-
-def defaults_of(parser):
-    """{option: what it is where it is not given}."""
-    return vars(parser.parse_args([]))
-
-
-def make_parser(method):
-    """The options that all methods share, and this method's own."""
-    # why no abbreviations: --method is looked for before the other options are known
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    recipe = METHODS[method].DEFAULTS
-    add = parser.add_argument_group("what is trained on what").add_argument
-    add("--method", choices=METHODS, default=method, help="what is trained; it decides the defaults (%(default)s)")
-    if method == "sotglp":
-        add("--recipe", choices=("paper", "released"), default="paper",
-            help="defaults of the paper, or of the authors' script for the dataset (methods/released.py); a switch "
-                 "that it sets has an opposite, such as --no-vv-alias, --plan-gradient (%(default)s)")
-    add("--dataset", choices=sorted(data.DATASETS), default="critters", help="critters needs no files (%(default)s)")
-    add("--data-root", help="folder that holds the datasets' folders; for `folder` that of your own pictures, with "
-        "train/ and test/ or with class folders ($DATA_ROOT, else ./data)")
-    add("--model", help="%s or a weights file (tiny for critters, else ViT-B/16)" % ", ".join(clip.available_models()))
-    add("--activation", choices=clip.ACTIVATIONS, default="quickgelu",
-        help="of a --model that is somebody's file; weights do not show it (%(default)s)")
-    add("--template", metavar="TEXT",
-        help="prompt of the zero-shot row, with {} for the class name (the dataset's own)")
-    add("--classes", choices=("all", "base"), default="all",
-        help="base: train and test on the first half of the classes; evaluate.py --base-to-new tests the other half")
-    add("--shots", type=int, default=16,
-        help="training images per class, 0 for all; the paper has 1, 2, 4, 8, 16 (%(default)s)")
-    add("--held-out", type=float, metavar="SHARE",
-        help="share of each class that is kept for the test where `folder` has class folders alone (0.5)")
-    add("--test-split", choices=("test", "val"), default="test",
-        help="what the accuracies are measured on; val leaves the test unread, for choices (%(default)s)")
-    add("--seed", type=int, default=1, help="initial prompts, order and crops; the paper averages 3 (%(default)s)")
-    add("--split-seed", type=int, default=1, help="draws the shots: fixed in the paper, 1-3 in CoOp (%(default)s)")
-    add("--sampler", choices=("exact", "proportional"), default="exact",
-        help="exact: the same number per class; proportional: as the released code, by class frequency (%(default)s)")
-    add = parser.add_argument_group("recipe, Sec. 4").add_argument
-    add("--epochs", type=int, default=recipe["epochs"], help="all epochs, warm-up included (%(default)s)")
-    add("--warmup-epochs", type=float, default=recipe["warmup_epochs"],
-        help="linear warm-up, never more than a tenth of the epochs (%(default)s)")
-    add("--batch-size", type=int, default=recipe["batch_size"],
-        help="global batch, split over the processes (%(default)s)")
-    add("--lr", type=float, default=recipe["lr"], help="peak learning rate of SGD (%(default)s)")
-    add("--weight-decay", type=float, default=recipe["weight_decay"], help="acts on all that is learned (%(default)s)")
-    add = parser.add_argument_group("machine").add_argument
-    add("--amp", choices=("off", "fp16", "bf16"), help="mixed precision (fp16 on CUDA, off on CPU; bf16 also on CPU)")
-    add("--device", default=machine.default_device(),
-        help="cpu or cuda; with torchrun each process takes its own GPU (%(default)s)")
-    add("--workers", type=int, help="processes that read pictures, per process (up to 8 on CUDA, 0 on CPU)")
-    add("--cache-features", action="store_true",
-        help="compute image features once and keep them: far faster, but without the paper's augmentation")
-    add("--text-chunk", type=int, default=200, help="classes that go through the text tower at once (%(default)s)")
-    add("--checkpoint-text", action="store_true",
-        help="recompute text activations, chunk by chunk, in the backward pass: less memory, more time")
-    place = parser.add_argument_group("folder of the run")
-    place.add_argument("--output-dir",
-                       help="where the run is written (runs/<dataset>-<shots>shot-seed<seed>, with the method "
-                            "and the options that are not the usual ones)")
-    either = place.add_mutually_exclusive_group()
-    either.add_argument("--resume", nargs="?", const=True, default=False, metavar="RUN",
-                        help="continue the run in the output folder; with RUN, a folder, all options are that run's "
-                             "(--data-root, --device and --workers may be given anew)")
-    either.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
-    add = parser.add_argument_group(f"options of {method}").add_argument
-    for option, (_, default) in OPTIONS[method].items():
-        flag, text = "--" + option.replace("_", "-"), HELP.get(option, "")
-        if default is False:
-            add(flag, action="store_true", help=text)
-            # why: what a recipe switches on can be switched off
-            add("--" + flag[5:] if flag.startswith("--no-") else "--no-" + flag[2:], action="store_false", dest=option,
-                default=False, help=argparse.SUPPRESS)
-        else:       # None stands for a text in --words, for a number elsewhere
-            several = isinstance(default, tuple)
-            kind = str if option == "words" else int if several or default is None else type(default)
-            add(flag, type=kind, nargs="+" if several else None, default=[*default] if several else default,
-                help=f"{text} (%(default)s)")
-    return parser
-
-
-def check_args(args, world):
-    """Raises ValueError for options that cannot work, alone or together, before any long work starts."""
-    machine.check_device(args.device, args.amp)
-    for name in ("lr", "weight_decay", "epsilon", "lambda_local", "lambda_entropy", "lambda_transport", "warmup_epochs",
-                 "prompt_dropout", "workers", "shots"):
-        if not 0 <= getattr(args, name, 0) <= torch.finfo(torch.float32).max:
-            raise ValueError(f"--{name.replace('_', '-')} must be a finite number and not negative, "
-                             f"got {getattr(args, name)}")
-    for name in ("seed", "split_seed"):
-        if not -2**63 <= getattr(args, name) < 2**63:
-            raise ValueError(f"--{name.replace('_', '-')} must have 64 bits at most, got {getattr(args, name)}")
-    if args.batch_size < world:
-        raise ValueError(f"--batch-size {args.batch_size} leaves some of the {world} processes without images: "
-                         f"it is the global batch, give at least {world}")
-    for name in ("epochs", "n_global", "n_local", "n_support", "n_context", "n_iters", "depth", "text_chunk"):
-        if getattr(args, name, 1) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if getattr(args, "epsilon", 1) < 1e-6:               # why: cost / epsilon must leave float32 some digits
-        raise ValueError(f"--epsilon must be positive, and at least 1e-6, got {args.epsilon}")
-    if getattr(args, "prompt_dropout", 0) > 1:
-        raise ValueError(f"--prompt-dropout must lie in [0, 1], got {args.prompt_dropout}")
-    if getattr(args, "plan", "") == "exact" and args.lambda_transport and args.batch_size > promptot.LARGEST_EXACT:
-        raise ValueError(f"--plan exact tries all orders of a batch of at most {promptot.LARGEST_EXACT} images, got "
-                         f"--batch-size {args.batch_size}: give a smaller one, or --plan sinkhorn")
-    data.template(args.dataset, args.template)
-    if args.held_out is not None and not 0 < args.held_out < 1:
-        raise ValueError(f"--held-out must lie between 0 and 1, got {args.held_out}")
-    runs.check_free(args.output_dir, configuration(args), args.resume, args.overwrite)
-
-
-def configuration(args):
-    """The options that belong to a run, as result.json and last.pt have them."""
-    return {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
+from harness.options import check_args, configuration, parse_args
+from sources import folders
 
 
 # ---- set up --------------------------------------------------------------------------------------------------
@@ -224,27 +66,14 @@ class Run:
         return Path(self.args.output_dir)
 
 
-def start_processes(args):
-    """Joins the processes that torchrun started -> rank, world size, device; alone without torchrun."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if world > 1 else device
-        torch.cuda.set_device(device)                    # why: what names no GPU, result.json among it, means this one
-    if world > 1:
-        machine.end_with_parent()
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=60))
-    return rank, world, device
-
-
 def set_up(args, rank, world, device):
     """Builds the run; restores it with --resume. Whatever can fail before the first step fails here."""
     started = time.time()
     config = configuration(args)
     train_set, val_set, test_set, class_names = data.load(args.dataset, args.data_root, args.shots, args.split_seed,
                                                           args.sampler, args.held_out, args.classes)
-    test_set = evaluate.choose(args.test_split, val_set, test_set)
-    if args.dataset == "folder":
+    test_set = runs.choose(args.test_split, val_set, test_set)
+    if data.DATASETS[args.dataset].as_people_see:
         data.check_pictures(train_set + test_set, rank, world)
     published = data.split_matches_published(args.dataset, args.data_root)
     clip_model, preprocess = clip.load(args.model, device, args.activation)
@@ -252,14 +81,14 @@ def set_up(args, rank, world, device):
     model = runs.make_model(clip_model, class_names, config, (rank, world))
     if args.classes == "base":
         runs.check_shared(model, "--classes base is for a test on new classes")
-    if args.cache_features and not model.stream:
+    if args.cache_features and not model.frozen_tower:
         raise ValueError(f"--cache-features: {args.method} learns prompts of the image tower, so that the features of "
                          "an image change with every step; leave the option out")
     optimizer, scaler = make_optimizer(model, args, device)
     fingerprint = {"config": config, "class_names": class_names, "clip_sha256": clip.weights_hash(clip_model),
                    "data": {part: runs.digest(items, args.data_root)
                             for part, items in (("training", train_set), ("test", test_set))},
-                   "training": [runs.below(path, args.data_root) for path, *_ in train_set],
+                   "training": [runs.relative_path(path, args.data_root) for path, *_ in train_set],
                    "threads": torch.get_num_threads()}
     if args.amp in machine.HALF:
         clip_model.store_matrices(machine.HALF[args.amp])
@@ -328,12 +157,12 @@ def announce(run):
           f"{run.device.type}, {threads} thread{'s' * (threads > 1)}{' each' * (run.world > 1)}, "
           f"precision {machine.precision(args.amp)}, writing to {run.folder}")
     print("  ".join(f"{name}={value}" for name, value in sorted(run.fingerprint["config"].items())))
-    for line in data.remarks(args.data_root) if args.dataset == "folder" else ():
+    for line in folders.remarks(args.data_root) if args.dataset == "folder" else ():
         print(line)
     if run.published is False:
         print(f"note: the split file of {args.dataset} is not CoOp's published one: do not compare with published "
               "numbers")
-    texts = run.model.encode.different_names()
+    texts = run.model.text_encoder.different_names()
     if texts < len(run.model.class_names):
         print(f"warning: {len(run.model.class_names)} class names are only {texts} different texts to this model "
               "(compared as embeddings): global prompts, and shared local ones, cannot tell such classes apart")
@@ -346,8 +175,8 @@ def make_loader(run):
                            range(run.epochs_done, args.epochs))
     if args.cache_features:
         return CachedFeatures(run, batches)
-    pictures = data.Pictures(run.train_set, data.train_transform(run.preprocess), args.seed, args.dataset == "folder")
-    return data.train_loader(pictures, batches, args.workers, run.device)
+    return data.train_batches(run.train_set, args.dataset, run.preprocess, batches, args.seed, args.workers,
+                              run.device)
 
 
 class CachedFeatures:
@@ -355,21 +184,22 @@ class CachedFeatures:
 
     @torch.no_grad()
     def __init__(self, run, batches):
-        pictures = data.Pictures(run.train_set, run.preprocess, own=run.args.dataset == "folder")
         tower = run.model.clip.visual
-        loader = data.test_loader(pictures, evaluate.EVAL_BATCH, run.args.workers, run.device)
-        n, P, W = len(pictures), len(tower.positional_embedding) - 1, len(tower.proj)
+        loader = data.test_batches(run.train_set, run.args.dataset, tower.resolution, run.args.workers, run.device)
+        n = len(run.train_set)
+        P = len(tower.positional_embedding) - 1
+        W = len(tower.proj)
         # why reserved: autocast returns float32, which must not pile up, and joining batches would take it all twice
         dtype = machine.HALF.get(run.args.amp, torch.float32)
         self.cls, self.patches = (torch.empty(shape, dtype=dtype, device=run.device) for shape in ((n, W), (n, P, W)))
         self.batches, self.labels, done = batches, torch.empty(n, dtype=torch.int64, device=run.device), 0
         for images, labels in machine.progress(loader, "features", run.rank):
             with machine.autocast(run.args.amp, run.device):
-                cls, patches = run.model.clip.encode_patches(images.to(run.device), run.model.stream)
+                cls, patches = run.model.features(images.to(run.device))
             here = slice(done, done := done + len(images))
             self.cls[here], self.patches[here], self.labels[here] = cls, patches, labels
         if run.rank == 0:
-            print(f"cached features: {self.patches.nbytes / 2**20:.0f} MiB for {len(pictures)} images; the paper's "
+            print(f"cached features: {self.patches.nbytes / 2**20:.0f} MiB for {n} images; the paper's "
                   "random crops and flips are dropped", flush=True)
 
     def __iter__(self):
@@ -427,9 +257,10 @@ def to_device(tensor, device):
 
 @torch.no_grad()
 def batch_sums(model, outputs, labels, losses, n_batch):
-    """Sums over the images of a step: each loss, then how many images are right by the first score, then how many."""
-    right = (next(iter(model.scores(outputs).values())).argmax(dim=1) == labels).sum()
-    return torch.stack([*(loss.detach() * n_batch for loss in losses.values()), right, torch.ones_like(labels).sum()])
+    """Sums over the images of a step: each loss, then how many images are right, then how many."""
+    n_correct = (model.logits(outputs).argmax(dim=1) == labels).sum()
+    losses = [loss.detach() * n_batch for loss in losses.values()]
+    return torch.stack([*losses, n_correct, torch.ones_like(labels).sum()])
 
 
 def overflown(optimizer):
@@ -456,9 +287,11 @@ def epoch_means(run, sums, names):
     """The sums of all steps and ranks as means over the images."""
     if run.world > 1:
         dist.all_reduce(sums)
-    *losses, right, seen = sums.tolist()
-    assert seen == len(run.train_set), f"the epoch trained on {seen:.0f} of {len(run.train_set)} images"
-    return {**{name: loss / seen for name, loss in zip(names, losses)}, "train_accuracy": 100 * right / seen}
+    *losses, n_correct, n_images = sums.tolist()
+    if n_images != len(run.train_set):
+        raise RuntimeError(f"the epoch trained on {n_images:.0f} of {len(run.train_set)} images")
+    means = {name: loss / n_images for name, loss in zip(names, losses)}
+    return {**means, "train_accuracy": 100 * n_correct / n_images}
 
 
 def diagnose(run, images, labels):
@@ -539,7 +372,7 @@ def report_finished(run):
 def main(args):
     """A run from its options to its result: set up, train epoch by epoch, test once."""
     check_args(args, int(os.environ.get("WORLD_SIZE", 1)))
-    rank, world, device = start_processes(args)
+    rank, world, device = machine.start_processes(args)
     run = set_up(args, rank, world, device)
     if run.epochs_done == args.epochs and (run.folder / "result.json").exists():
         return report_finished(run)
@@ -564,4 +397,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(parse_args(description=__doc__))

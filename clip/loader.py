@@ -1,23 +1,15 @@
 """From a name or a file to a frozen CLIP and its preprocessing.
 
-name -> file (downloaded once, its hash compared) -> tensors by name (no code of the file is run) -> model.build_model
-
-OpenAI's files are TorchScript archives, that is programs that carry their weights. We take the weights and leave the
-program alone: `ArchiveReader` knows the few things that weights need, and refuses all others.
+name -> file (downloaded once, its hash compared) -> weights.py: tensors by name -> CLIP
 """
 
 import contextlib
-import gzip
 import hashlib
-import io
 import os
-import pickle
 import re
 import sys
 import time
 import warnings
-import zipfile
-from collections import OrderedDict
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
@@ -27,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
-from .model import LIMIT, Block, build_model
+from .model import Block
+from .weights import build_model, read_state_dict
 
 ADDRESS = "https://openaipublic.azureedge.net/clip/models"
 PUBLISHED = {  # as in OpenAI's package openai-clip 1.0.1: the last folder is the file's SHA-256
@@ -56,11 +49,11 @@ def full_name(name):
 def load(name, device="cpu", activation="quickgelu"):
     """A name or a file -> CLIP on the device (float32, eval mode, frozen) and its `preprocess`.
 
-    name: one of `available_models()`, or the path of a TorchScript archive by OpenAI or of a state dict (`.pt`,
-    also gzipped). Published files are kept in ~/.cache/clip or $CLIP_CACHE, downloaded if they are not there.
-    activation: "gelu" for a file of weights that were trained with it; the weights do not show it.
-    Raises FileNotFoundError for an unknown name, ConnectionError for a failed download, ValueError for a wrong hash,
-    a damaged file, and one that holds no CLIP with a vision transformer.
+    name: one of `available_models()`, or the path of a TorchScript archive by OpenAI or of a state dict
+    (`.pt`, also gzipped). Published files are kept in ~/.cache/clip or $CLIP_CACHE, downloaded if they are
+    not there. activation: "gelu" for a file of weights that were trained with it; the weights do not show it.
+    Raises FileNotFoundError for an unknown name, ConnectionError for a failed download, ValueError for a
+    wrong hash, a damaged file, and one that holds no CLIP with a vision transformer.
     """
     name = full_name(str(name))
     path = find(name)
@@ -139,8 +132,9 @@ def find(name):
 def download(url):
     """The file of this address in the cache, downloaded if it is not there. Raises ValueError for a wrong hash.
 
-    Of the processes that torchrun started, the first of each machine downloads (why: each machine may have a cache of
-    its own) and the others wait. So all of them must call this together, and all of them fail where one does.
+    Of the processes that torchrun started, the first of each machine downloads (why: each machine may have a
+    cache of its own) and the others wait. So all of them must call this together, and all of them fail where
+    one does.
     """
     path, failure = Path(os.environ.get("CLIP_CACHE") or "~/.cache/clip").expanduser() / url.split("/")[-1], None
     try:
@@ -202,8 +196,9 @@ def receive(url, path):
 def chunks(response, limit, pace=1000):
     """What a server sends, piece by piece.
 
-    Raises OSError where that is more than `limit` bytes, where it breaks off, and where it is slower, after the first
-    minute, than `pace` bytes a second. why a pace: a server that sends a byte now and then never times out.
+    Raises OSError where that is more than `limit` bytes, where it breaks off, and where it is slower, after
+    the first minute, than `pace` bytes a second. why a pace: a server that sends a byte now and then never
+    times out.
     """
     start, done, total = time.monotonic(), 0, int(response.headers.get("Content-Length") or 0)
     while chunk := response.read1(2**20):
@@ -230,121 +225,3 @@ def sha256(path):
             digest.update(chunk)
     return digest.hexdigest()
 
-
-# ---- file -> tensors by name
-
-def read_state_dict(path):
-    """The tensors of a TorchScript archive or of a saved state dict, gzipped or not; no code of the file is run.
-
-    Raises ValueError for a damaged file, for one that holds anything else, and for one that unpacks to more than LIMIT.
-    """
-    with open(path, "rb") as raw:
-        if raw.read(9)[8:] == b"{":                # its head: a length of 8 bytes, then JSON
-            raise ValueError("this is a safetensors file: torch.save(safetensors.torch.load_file(FILE), 'clip.pt') "
-                             "makes a state dict of it, which is read if its names are OpenAI's or open_clip's")
-    try:
-        with open(path, "rb") as raw:
-            gzipped = raw.peek(2)[:2] == b"\x1f\x8b"
-            file = io.BytesIO(unpack(raw)) if gzipped else raw
-            if zipfile.is_zipfile(file):
-                archive = zipfile.ZipFile(file)
-                check_archive(archive)
-                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                    return read_archive(archive)   # TorchScript: beside the tensors it has the program's constants
-            file.seek(0)
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # why so broad: in a damaged file zipfile, pickle and torch can trip over anything
-        reason = error if isinstance(error, ValueError) else type(error).__name__
-        raise ValueError(f"cannot be read as weights ({reason}): it is truncated or damaged, or holds "
-                         "more than tensors. Fetch it again, or save a model's state_dict() alone") from error
-    if not (isinstance(state, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items())):
-        raise ValueError("holds no plain state dict, {name: tensor}: save a model's state_dict() alone")
-    return state
-
-
-def unpack(raw):
-    """The content of a gzipped file. Raises ValueError where it is larger than LIMIT."""
-    content = gzip.GzipFile(fileobj=raw).read(LIMIT + 1)
-    if len(content) > LIMIT:
-        raise ValueError(f"it unpacks to more than {LIMIT} bytes")
-    return content
-
-
-def check_archive(archive):
-    """Raises ValueError for a zip that unpacks to more than LIMIT, or whose members have not their checksums."""
-    size = sum(member.file_size for member in archive.infolist())
-    if size > LIMIT:
-        raise ValueError(f"it unpacks to {size} bytes, more than {LIMIT}")
-    if archive.testzip():                          # why: torch does not compare them, and would read changed numbers
-        raise ValueError("a checksum is wrong")
-
-
-def read_archive(archive):
-    """The state dict of the module in a TorchScript archive."""
-    root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
-    return dict(ArchiveReader(archive, root).load().tensors())
-
-
-class Module:
-    """What a module of the archive becomes: its attributes, and the names that its class declares as weights."""
-
-    def __setstate__(self, attributes):
-        self.attributes = attributes
-
-    def tensors(self, prefix=""):
-        """Parameters and buffers with their names, as `state_dict` gives them."""
-        for name, value in self.attributes.items():
-            if isinstance(value, Module):
-                yield from value.tensors(f"{prefix}{name}.")
-            elif name in self.declared and value is not None:  # why: a script may keep others, say an attention mask
-                yield prefix + name, value
-
-
-class RebuildTensor:
-    """A tensor from its place in a storage. why not a function: a pickle can set a function's attributes."""
-
-    __slots__ = ()
-
-    def __call__(self, storage, offset, size, stride, *_):
-        return storage.as_strided(size, stride, offset)
-
-
-class ArchiveReader(pickle.Unpickler):
-    """Unpickles the module of a TorchScript archive from what is listed here alone; nothing of the file is called."""
-
-    known = {
-        ("collections", "OrderedDict"): OrderedDict,
-        ("torch._utils", "_rebuild_tensor_v2"): RebuildTensor(),
-        ("torch.jit._pickle", "build_intlist"): list,
-        ("torch", "DoubleStorage"): torch.float64,
-        ("torch", "FloatStorage"): torch.float32,
-        ("torch", "HalfStorage"): torch.float16,
-        ("torch", "BFloat16Storage"): torch.bfloat16,
-        ("torch", "LongStorage"): torch.int64,
-        ("torch", "IntStorage"): torch.int32,
-    }
-
-    def __init__(self, archive, root):
-        super().__init__(archive.open(root + "data.pkl"))
-        self.archive, self.root, self.storages = archive, root, {}
-
-    def find_class(self, module, name):
-        if module.split(".")[0] == "__torch__":
-            return type(name, (Module,), {"declared": self.declared(module, name)})
-        if (module, name) not in self.known:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place among weights")
-        return self.known[module, name]
-
-    def declared(self, module, name):
-        """The names that this class of the archive lists as parameters and buffers, read in its source as text."""
-        source = self.archive.read(f"{self.root}code/{module.replace('.', '/')}.py").decode()
-        lists = r"( +__parameters__ = .*\n)?( +__buffers__ = .*\n)?"
-        head = re.search(rf"class {re.escape(name)}\(Module\):\n{lists}", source)[0]
-        return re.findall(r'"(.+?)"', head)
-
-    def persistent_load(self, key):
-        _, dtype, number, _, _ = key
-        if (dtype, number) not in self.storages:   # why kept: a file may name a storage again and again
-            content = bytearray(self.archive.read(f"{self.root}data/{number}"))
-            self.storages[dtype, number] = torch.frombuffer(content, dtype=dtype)
-        return self.storages[dtype, number]

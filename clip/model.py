@@ -1,10 +1,11 @@
 """OpenAI's CLIP with a vision transformer, and the V-V stream of SOT-GLP (Eq. 2) beside it.
 
-Read top to bottom: one attention layer -> one block -> the vision tower with its two streams ->
-the text tower -> CLIP -> build_model. Written afresh for OpenAI's files: module and parameter names
-are those of their state dicts, so that these load without renaming.
+Read top to bottom: one attention layer -> one block, alone and with the V-V stream -> the image tower with
+its streams -> CLIP with its text tower. Module and parameter names are those of OpenAI's state dicts, so that
+these load without renaming. The exact shortcuts at the end save work and change no number.
 
-Letters:  B images  P patches  n texts  S tokens of a text  H heads  W tower width  D joint embedding width
+Letters:  B images  P patches  n texts  S tokens of a sequence  H heads  W tower width  D joint embedding
+width
 """
 
 from collections import OrderedDict
@@ -13,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-STREAMS = ("vv", "qk", "value", "vv_alias")
-LIMIT = 4 * 2**30                  # bytes that the weights may take: twice what the largest of OpenAI's take in float32
-VOCABULARY = 49408                 # token ids of CLIP's tokenizer
-BOOKKEEPING = {"input_resolution", "context_length", "vocab_size"}  # numbers that OpenAI stores among the weights
+from .precision import to_joint_space
+
+STREAMS = ("vv", "qk", "value", "released_vv")
 
 
 class QuickGELU(nn.Module):
@@ -36,18 +36,10 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def project(self, x):
+    def to_qkv(self, x):
         """Queries, keys and values of x: (B, S, W) -> three (B, H, S, W/H)."""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)                  # (B, S, 3W)
         return qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-
-    def project_one(self, x, one):
-        """The query of one token, (B, 1, W), keys and values of all of x: -> (B, H, 1, W/H), two (B, H, S, W/H)."""
-        W = x.shape[-1]
-        q = F.linear(one, self.in_proj_weight[:W], self.in_proj_bias[:W])
-        kv = F.linear(x, self.in_proj_weight[W:], self.in_proj_bias[W:])
-        return (q.unflatten(-1, (self.heads, -1)).transpose(1, 2),
-                *kv.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4))
 
     def merge(self, heads):
         """Joins the heads and applies the output projection: (B, H, S, W/H) -> (B, S, W)."""
@@ -65,52 +57,37 @@ class Block(nn.Module):
             c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width)))
         self.ln_2 = nn.LayerNorm(width)
 
-    def add_mlp(self, x):
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x, causal=False):
+        """CLIP's own block: (B, S, W) -> (B, S, W)."""
+        return self.add_mlp(x + self.attend(x, causal))
 
     def attend(self, x, causal=False):
-        q, k, v = self.attn.project(self.ln_1(x))
+        q, k, v = self.attn.to_qkv(self.ln_1(x))
         return self.attn.merge(F.scaled_dot_product_attention(q, k, v, is_causal=causal))
 
-    def forward(self, x, causal=False):
-        return self.add_mlp(x + self.attend(x, causal))
+    def add_mlp(self, x):
+        return x + self.mlp(self.ln_2(x))
 
     def forward_dual(self, x, z):
         """One block of both streams: x is CLIP's own stream, z collects V-V attention.  Eq. 2
 
-        x, z: (B, 1+P, W). V is that of x, computed once for both streams. z has no perceptron.
-        What it is for: CLIP was trained through CLS only, so its last patch tokens mix the whole image and say little
-        about their own place. In V-V attention a token attends to tokens of similar content, and the sum starts from
-        Z_0, so each token keeps to what is at its place. It can be compared with texts, and no new weight is needed.
+        x, z: (B, 1+P, W). V is that of x, computed once for both streams. z has no perceptron. What it is
+        for: CLIP was trained through CLS only, so its last patch tokens mix the whole image and say little
+        about their own place. In V-V attention a token attends to tokens of similar content, and the sum
+        starts from Z_0, so each token keeps to what is at its place. It can be compared with texts, and no
+        new weight is needed.
         """
-        q, k, v = self.attn.project(self.ln_1(x))
-        # Eq. 2: Z_l = Z_{l-1} + Proj(softmax(V V^T / sqrt(d)) V), d being the width of one head.
+        q, k, v = self.attn.to_qkv(self.ln_1(x))
+
+        # Eq. 2: Z_l = Z_{l-1} + Proj(softmax(V V^T / sqrt(d)) V), d being the width of one head
         z = z + self.attn.merge(F.scaled_dot_product_attention(v, v, v))
+
         x = x + self.attn.merge(F.scaled_dot_product_attention(q, k, v))
         return self.add_mlp(x), z
 
-    def forward_one(self, x, place=0, causal=False):
-        """This block for the token at one place of each sequence: x (B, S, W), place (B,) or a number -> (B, W).
-
-        why: nobody reads the other tokens after the last block. Of them it needs keys and values, but no perceptron.
-        """
-        rows, h = torch.arange(len(x), device=x.device), self.ln_1(x)
-        q, k, v = self.attn.project_one(h, h[rows, place][:, None])
-        seen = torch.arange(x.shape[1], device=x.device) <= place[:, None, None, None] if causal else None
-        x = x[rows, place][:, None] + self.attn.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=seen))
-        return self.add_mlp(x)[:, 0]
-
-    def forward_dual_last(self, x, z):
-        """forward_dual for what is read of the last block: CLS of CLIP's own stream (B, W), patches of z (B, P, W)."""
-        h = self.ln_1(x)
-        q, k, v = self.attn.project_one(h, h[:, :1])
-        z = z[:, 1:] + self.attn.merge(F.scaled_dot_product_attention(v[:, :, 1:], v, v))
-        x = x[:, :1] + self.attn.merge(F.scaled_dot_product_attention(q, k, v))
-        return self.add_mlp(x)[:, 0], z
-
     def forward_value(self, x):
-        """This block with its attention matrix replaced by the identity: each token sees itself alone."""
-        _, _, v = self.attn.project(self.ln_1(x))
+        """This block with its attention matrix replaced by the identity: each token sees itself alone.  GL-MCM"""
+        _, _, v = self.attn.to_qkv(self.ln_1(x))
         return self.add_mlp(x + self.attn.merge(v))
 
 
@@ -121,21 +98,23 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, width // 64) for _ in range(layers))
 
-    def forward(self, x, place=0, causal=False, prompts=(), start=1):
-        """All blocks, for the token at one place of each sequence: x (B, S, W), place (B,) or a number -> (B, W).
+    def forward(self, x, position=0, causal=False, prompts=(), start=1):
+        """All blocks, for the token at one position of each sequence: x (B, S, W), (B,) or a number -> (B, W).
 
-        prompts (J-1, n, W): deep prompts. Before block i, 0 < i < J, they take the place of the n tokens from `start`
-        on; after block J-1 these tokens go on like others. Raises ValueError for more layers than there are blocks.
+        prompts (J-1, n, W): deep prompts. Before block i, 0 < i < J, they replace the n tokens from `start`
+        on; behind block J-1 these tokens go on like others. Raises ValueError for more layers than there are
+        blocks.
         """
         *blocks, last = self.resblocks
         if len(prompts) > len(blocks):
             raise ValueError(f"prompts for {len(prompts) + 1} layers, but this tower has {len(self.resblocks)} blocks")
+
         for i, block in enumerate(blocks):
             x = block(x, causal)
             if i < len(prompts):
                 new = prompts[i].expand(len(x), -1, -1)                            # (B, n, W)
                 x = torch.cat([x[:, :start], new, x[:, start + new.shape[1]:]], dim=1)
-        return last.forward_one(x, place, causal)
+        return forward_one(last, x, position, causal)          # last(x, causal), of which one token is read
 
 
 class VisionTransformer(nn.Module):
@@ -161,27 +140,41 @@ class VisionTransformer(nn.Module):
         cls = self.class_embedding.expand(len(images), 1, -1)
         tokens = torch.cat([cls, patches], dim=1) + self.positional_embedding
         if prompts is not None:
-            tokens = torch.cat([tokens, prompts.expand(len(images), -1, -1)], dim=1)                # (B, 1+P+n, W)
+            tokens = torch.cat([tokens, prompts.expand(len(images), -1, -1)], dim=1)           # (B, 1+P+n, W)
         return self.ln_pre(tokens)
 
     def forward(self, images, stream="vv"):
-        """Images -> CLS token of the ordinary stream (B, W), patch tokens of the chosen stream (B, P, W)."""
+        """Images -> CLS token of the ordinary stream (B, W), patch tokens of the chosen stream (B, P, W).  Eq. 2"""
         if stream not in STREAMS:
             raise ValueError(f"unknown patch stream {stream!r}: choose one of {', '.join(STREAMS)}")
-        x = z = self.embed(images)                                                 # Sec. 3.2: Z_0^ori = Z_0^vv = Z_0
-        if stream == "vv_alias":   # differs: the released code adds this too, by an in-place sum in the first block
+        if stream in ("vv", "released_vv"):
+            cls, patches = self.both_streams(images, stream)
+        else:
+            cls, patches = self.own_stream(images, stream)
+        return self.ln_post(cls), self.ln_post(patches)
+
+    def both_streams(self, images, stream):
+        """CLS of CLIP's own stream (B, W), patches of the V-V stream (B, P, W).  Eq. 2"""
+        x = z = self.embed(images)                             # Sec. 3.2: Z_0^ori = Z_0^vv = Z_0
+        if stream == "released_vv":
+            # differs: the released code adds this too, by an in-place sum in the first block
             z = z + self.transformer.resblocks[0].attend(z)
+
         *blocks, last = self.transformer.resblocks
         for block in blocks:
-            x, z = block.forward_dual(x, z) if stream.startswith("vv") else (block(x), None)
-        if stream.startswith("vv"):
-            cls, patches = last.forward_dual_last(x, z)
-        elif stream == "value":
-            cls, patches = last.forward_one(x), last.forward_value(x[:, 1:])
-        else:
-            x = last(x)
-            cls, patches = x[:, 0], x[:, 1:]
-        return self.ln_post(cls), self.ln_post(patches)
+            x, z = block.forward_dual(x, z)
+        return forward_dual_last(last, x, z)                  # last.forward_dual(x, z), of which this is read
+
+    def own_stream(self, images, stream):
+        """CLS (B, W) and patches (B, P, W) of CLIP's own stream; "value": without attention in the last block."""
+        x = self.embed(images)
+        *blocks, last = self.transformer.resblocks
+        for block in blocks:
+            x = block(x)
+        if stream == "value":
+            return forward_one(last, x), last.forward_value(x[:, 1:])
+        x = last(x)
+        return x[:, 0], x[:, 1:]
 
 
 class CLIP(nn.Module):
@@ -203,22 +196,12 @@ class CLIP(nn.Module):
     def train(self, mode=True):
         return super().train(False)
 
-    def store_matrices(self, dtype):
-        """Casts the weights of matrix products to half precision, for use under autocast. The rest stays as it is.
-
-        why: autocast would cast these frozen weights anew at every call.
-        """
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d, Attention)):
-                for parameter in module.parameters(recurse=False):
-                    parameter.data = parameter.data.to(dtype)
-
     def encode_patches(self, images, stream="vv"):
         """Images -> tokens after `ln_post`, before the joint projection.  Eq. 2
 
-        images (B, 3, R, R) at the model's resolution R -> CLS (B, W), patches (B, P, W).
-        stream: "vv" the V-V stream, "vv_alias" that of the released code; "qk" ordinary patch tokens (Table 2, "w/o
-        V-V"); "value" the last block with its attention matrix replaced by the identity (GL-MCM). Raises ValueError
+        images (B, 3, R, R) at the model's resolution R -> CLS (B, W), patches (B, P, W). stream: "vv" the V-V
+        stream, "released_vv" that of the released code; "qk" ordinary patch tokens (Table 2, "w/o V-V");
+        "value" the last block with its attention matrix replaced by the identity (GL-MCM). Raises ValueError
         for any other.
         """
         return self.visual(images, stream)
@@ -229,136 +212,107 @@ class CLIP(nn.Module):
         prompts (J, n, W): deep prompts behind the patches, a row for each of the first J blocks.
         """
         first, *deeper = (None,) if prompts is None else prompts
-        x = self.visual.transformer(self.visual.embed(images, first), prompts=deeper,
-                                    start=len(self.visual.positional_embedding))
-        return self.visual.ln_post(x) @ self.visual.proj
-
-    def encode_embeddings(self, embeddings, eot, prompts=None):
-        """Token embeddings (n, S, W) and the places of their [EOT] (n,) -> text features (n, D), not normalised.
-
-        This is how learned prompts enter the text tower (Eq. 1): S may be any length up to the context length.
-        prompts (J-1, m, W): deep prompts in the places 1 to m, a row for each of the blocks 1 to J-1.
-        """
-        x = embeddings + self.positional_embedding[: embeddings.shape[1]]
-        x = self.transformer(x, eot, causal=True, prompts=() if prompts is None else prompts)
-        return self.ln_final(x) @ self.text_projection
-
-    def encode_behind(self, prefix, texts, eot):
-        """Text features of texts that begin alike: prefix (N, Q, W) before texts (n, N, S, W) -> (n, N, D).
-
-        The same as `encode_embeddings` of prefix and text in one; eot (n,): places of [EOT], counted in the texts.
-        why: the mask is causal, so a prefix does not depend on what follows. Its keys and values serve all n texts.
-        """
-        n, N, S, _ = texts.shape
-        Q, rows = prefix.shape[1], torch.arange(n * N, device=texts.device)
-        p = prefix + self.positional_embedding[:Q]
-        x = (texts + self.positional_embedding[Q : Q + S]).flatten(0, 1)           # (nN, S, W)
-        eot = eot.repeat_interleave(N)
-        seen = torch.ones(S, Q + S, dtype=torch.bool, device=x.device).tril(Q)     # what each token attends to
-        for block in self.transformer.resblocks:
-            q_p, *before = block.attn.project(block.ln_1(p))                       # (N, H, Q, W/H) each
-            q, *behind = block.attn.project(block.ln_1(x))                         # (nN, H, S, W/H) each
-            if block is self.transformer.resblocks[-1]:                            # of which [EOT] alone is read
-                x, q, seen = x[rows, eot][:, None], q[rows, :, eot][:, :, None], seen[eot][:, None, None]
-            k, v = (torch.cat([a.repeat(n, 1, 1, 1), b], dim=2) for a, b in zip(before, behind))
-            x = block.add_mlp(x + block.attn.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=seen)))
-            p = block.add_mlp(p + block.attn.merge(F.scaled_dot_product_attention(q_p, *before, is_causal=True)))
-        return (self.ln_final(x[:, 0]) @ self.text_projection).unflatten(0, (n, N))
+        x = self.visual.embed(images, first)
+        x = self.visual.transformer(x, prompts=deeper, start=len(self.visual.positional_embedding))
+        return to_joint_space(self.visual.ln_post(x), self.visual.proj)
 
     def encode_text(self, tokens):
         """Token ids (n, S) from `clip.tokenize` -> text features (n, D), not normalised, as OpenAI's."""
         eot = tokens.argmax(dim=-1)                  # [EOT] has the largest id
-        tokens = tokens[:, : int(eot.max()) + 1]     # why: the mask is causal, nothing after [EOT] can reach it
+        tokens = tokens[:, : int(eot.max()) + 1]   # why: the mask is causal, nothing after [EOT] can reach it
         return self.encode_embeddings(self.token_embedding(tokens), eot)
 
+    def encode_embeddings(self, embeddings, eot, prompts=None):
+        """Token embeddings (n, S, W) and the places of their [EOT] (n,) -> text features (n, D), not normalised.
 
-def build_model(state_dict):
-    """An OpenAI state dict -> CLIP in float32, frozen. All sizes are read from the tensors' shapes.
+        This is how learned prompts enter the text tower (Eq. 1): S may be any length up to the context
+        length. prompts (J-1, m, W): deep prompts in the places 1 to m, a row for each of the blocks 1 to J-1.
+        """
+        x = embeddings + self.positional_embedding[: embeddings.shape[1]]
+        x = self.transformer(x, eot, causal=True, prompts=() if prompts is None else prompts)
+        return to_joint_space(self.ln_final(x), self.text_projection)
 
-    Raises ValueError for a ResNet, for a dict that is no CLIP, and with the name of every key that is
-    missing, unexpected or of another shape.
+    def encode_with_prefix(self, prefix, embeddings, eot):
+        """Text features of texts that begin alike: prefix (N, Q, W) before embeddings (n, N, S, W) -> (n, N, D).
+
+        The same as `encode_embeddings` of prefix and rest in one; eot (n,): places of [EOT], counted in the
+        rest.
+        """
+        x = run_with_prefix(self, prefix, embeddings, eot)
+        return to_joint_space(self.ln_final(x), self.text_projection)
+
+    def store_matrices(self, dtype):
+        """Casts the weights of matrix products to half precision, for use under autocast. The rest stays as it is.
+
+        why: autocast would cast these frozen weights anew at every call.
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, Attention)):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(dtype)
+
+
+# ---- exact shortcuts: skip on first reading ----------------------------------------------------------------
+
+def forward_one(block, x, position=0, causal=False):
+    """`block(x, causal)` for the token at one position of each sequence: x (B, S, W), (B,) or a number -> (B, W).
+
+    why: nobody reads the other tokens after the last block. Of them it needs keys and values, but no
+    perceptron.
     """
-    if "visual.layer1.0.conv1.weight" in state_dict:
-        raise ValueError("this CLIP has a ResNet image tower; SOT-GLP needs the patch tokens of a vision transformer: "
-                         "use ViT-B/16, ViT-B/32 or ViT-L/14")
-    if any(str(name).startswith(("vision_model.", "text_model.")) for name in state_dict):
-        raise ValueError("these weights have the names of Hugging Face's transformers: --model ViT-B/16, ViT-B/32 and "
-                         "ViT-L/14 are the same weights with OpenAI's; of other models save open_clip's state_dict()")
-    check_plain(state_dict)
-    weights = {k: v.float() for k, v in state_dict.items() if k not in BOOKKEEPING}
-    try:
-        vision_width, _, patch, _ = weights["visual.conv1.weight"].shape
-        tokens = weights["visual.positional_embedding"].shape[0]
-        text_width, embed_dim = weights["text_projection"].shape
-        context_length = weights["positional_embedding"].shape[0]
-        vocab_size = weights["token_embedding.weight"].shape[0]
-    except (KeyError, ValueError, IndexError) as error:
-        raise ValueError(f"these weights are no CLIP with a vision transformer: {error} not found as expected; "
-                         f"the file begins with {', '.join(list(state_dict)[:3]) or 'nothing'}") from error
-    vision_layers = count_layers(weights, "visual.transformer.resblocks.")
-    text_layers = count_layers(weights, "transformer.resblocks.")
-    grid = round(max(tokens - 1, 0) ** 0.5)
-    for what, found, right, expected in (
-            ("visual.conv1.weight: the width", vision_width, vision_width > 0 == vision_width % 64, "a multiple of 64"),
-            ("visual.conv1.weight: the patch size", patch, patch > 0, "at least 1"),
-            ("visual.positional_embedding: the token count", tokens, tokens == 1 + grid**2 > 1, "1 + a square"),
-            ("text_projection: the width", text_width, text_width > 0 == text_width % 64, "a multiple of 64"),
-            ("text_projection: the joint width", embed_dim, embed_dim > 0, "at least 1"),
-            ("positional_embedding: the context length", context_length, context_length > 1, "at least 2"),
-            ("token_embedding.weight: the vocabulary", vocab_size, vocab_size == VOCABULARY, VOCABULARY)):
-        if not right:
-            raise ValueError(f"these weights do not fit CLIP: {what} is {found}, expected {expected}")
-    with torch.device("meta"):
-        model = CLIP(embed_dim, grid * patch, patch, vision_width, vision_layers, context_length, vocab_size,
-                     text_width, text_layers)
-    check_keys(weights, model.state_dict())
-    check_finite(weights, "these weights")
-    model.load_state_dict(weights, assign=True)
-    return model.requires_grad_(False)
+    rows = torch.arange(len(x), device=x.device)
+    h = block.ln_1(x)
+    q, k, v = one_query(block.attn, h, h[rows, position][:, None])
+    seen = None
+    if causal:
+        seen = torch.arange(x.shape[1], device=x.device) <= position[:, None, None, None]     # (B, 1, 1, S)
+    x = x[rows, position][:, None] + block.attn.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=seen))
+    return block.add_mlp(x)[:, 0]
 
 
-def check_finite(tensors, where):
-    """Raises ValueError that names the first tensor, {name: tensor}, with a value that is not a finite number."""
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{where}: {name} has values that are not finite numbers")
+def forward_dual_last(block, x, z):
+    """`block.forward_dual(x, z)` for what is read of it: CLS of x (B, W), patches of z (B, P, W)."""
+    h = block.ln_1(x)
+    q, k, v = one_query(block.attn, h, h[:, :1])
+    z = z[:, 1:] + block.attn.merge(F.scaled_dot_product_attention(v[:, :, 1:], v, v))
+    x = x[:, :1] + block.attn.merge(F.scaled_dot_product_attention(q, k, v))
+    return block.add_mlp(x)[:, 0], z
 
 
-def check_plain(state_dict):
-    """Raises ValueError for the first value that is not a dense tensor of numbers, and where all take too much."""
-    size = 0
-    for name, value in state_dict.items():
-        if not isinstance(name, str):
-            raise ValueError(f"the weights are named by strings, found {name!r}")
-        found = type(value).__name__
-        if torch.is_tensor(value):
-            found = f"a {value.layout} tensor of {value.dtype} on {value.device}".replace("torch.", "")
-            plain = value.layout == torch.strided and not value.is_quantized and value.device.type != "meta"
-            if plain and not value.is_complex() and value.dtype != torch.bool:
-                needed = value.numel() * value.element_size()
-                if needed <= value.untyped_storage().nbytes():
-                    size += needed
-                    continue
-                found = f"of {needed} bytes, but {value.untyped_storage().nbytes()} bytes are stored"
-        raise ValueError(f"{name!r} is {found}, expected a dense tensor of numbers")
-    if size > LIMIT:
-        raise ValueError(f"these weights take {size} bytes, more than {LIMIT}")
+def one_query(attention, x, one):
+    """The query of one token, (B, 1, W), keys and values of all of x: -> (B, H, 1, W/H), two (B, H, S, W/H)."""
+    W = x.shape[-1]
+    weight = attention.in_proj_weight
+    bias = attention.in_proj_bias
+    q = F.linear(one, weight[:W], bias[:W]).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+    k, v = F.linear(x, weight[W:], bias[W:]).unflatten(-1, (2, attention.heads, -1)).permute(2, 0, 3, 1, 4)
+    return q, k, v
 
 
-def count_layers(weights, prefix):
-    """How many transformer blocks the keys with this prefix number. Raises ValueError unless that is 0, 1, 2, ..."""
-    numbers = {k[len(prefix):].split(".")[0] for k in weights if k.startswith(prefix)}
-    if not numbers or numbers != {str(i) for i in range(len(numbers))}:
-        raise ValueError(f"these weights do not fit CLIP: the blocks of {prefix} are "
-                         f"{', '.join(sorted(numbers)) or 'none'}, expected 0, 1, 2 and so on")
-    return len(numbers)
+def run_with_prefix(clip, prefix, embeddings, eot):
+    """The text tower for texts that begin alike, before `ln_final`: (N, Q, W), (n, N, S, W), (n,) -> (n, N, W).
 
+    why: the mask is causal, so a prefix does not depend on what follows. Its keys and values serve all n
+    texts.
+    """
+    n, N, S, _ = embeddings.shape
+    Q = prefix.shape[1]
+    rows = torch.arange(n * N, device=embeddings.device)
+    p = prefix + clip.positional_embedding[:Q]
+    x = (embeddings + clip.positional_embedding[Q : Q + S]).flatten(0, 1)          # (nN, S, W)
+    eot = eot.repeat_interleave(N)
+    seen = torch.ones(S, Q + S, dtype=torch.bool, device=x.device).tril(Q)        # what each token attends to
 
-def check_keys(found, wanted):
-    """Raises ValueError that lists every missing, unexpected or misshapen key."""
-    wrong = [f"missing {k}" for k in wanted if k not in found]
-    wrong += [f"unexpected {k}" for k in found if k not in wanted]
-    wrong += [f"{k} is {tuple(found[k].shape)}, expected {tuple(wanted[k].shape)}"
-              for k in wanted if k in found and found[k].shape != wanted[k].shape]
-    if wrong:
-        raise ValueError("these weights do not fit CLIP: " + "; ".join(wrong))
+    for block in clip.transformer.resblocks:
+        q_p, k_p, v_p = block.attn.to_qkv(block.ln_1(p))                           # (N, H, Q, W/H) each
+        q, k, v = block.attn.to_qkv(block.ln_1(x))                                 # (nN, H, S, W/H) each
+        k = torch.cat([k_p.repeat(n, 1, 1, 1), k], dim=2)                          # (nN, H, Q+S, W/H)
+        v = torch.cat([v_p.repeat(n, 1, 1, 1), v], dim=2)
+
+        if block is clip.transformer.resblocks[-1]:                             # of which [EOT] alone is read
+            x = x[rows, eot][:, None]                                              # (nN, 1, W)
+            q = q[rows, :, eot][:, :, None]
+            seen = seen[eot][:, None, None]
+        x = block.add_mlp(x + block.attn.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=seen)))
+        p = block.add_mlp(p + block.attn.merge(F.scaled_dot_product_attention(q_p, k_p, v_p, is_causal=True)))
+    return x[:, 0].unflatten(0, (n, N))

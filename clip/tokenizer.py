@@ -2,8 +2,8 @@
 
 text -> clean -> words -> UTF-8 bytes -> the best-ranked pair merged again and again -> token ids
 
-The vocabulary, in its order: 256 bytes | the same bytes as the end of a word | one token per merge | [SOS] | [EOT].
-So the table of merges is all there is to store; README.md says where it comes from.
+The vocabulary, in its order: 256 bytes | the same bytes as the end of a word | one token per merge | [SOS] |
+[EOT]. So the table of merges is all there is to store; README.md says where it comes from.
 """
 
 import gzip
@@ -17,18 +17,20 @@ import torch
 
 MERGES = Path(__file__).with_name("bpe_merges.txt.gz")
 SOS, EOT = 49406, 49407
-SPECIAL = ("<|startoftext|>", "<|endoftext|>")               # OpenAI reads these two in a text as [SOS] and [EOT]
+SPECIAL = ("<|startoftext|>", "<|endoftext|>")           # OpenAI reads these two in a text as [SOS] and [EOT]
 WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>"    # one of them, or
                      r"|'s|'t|'re|'ve|'m|'ll|'d"             # the ending of an English contraction, or
                      r"|\p{L}+|\p{N}"                        # letters in a row, or one digit, or
-                     r"|[^\s\p{L}\p{N}]+", regex.IGNORECASE)  # other signs in a row, the underscore among them
+                     # other signs in a row, the underscore among them
+                     r"|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
 @cache
 def alphabet():
     """The character that stands for each byte in the merge table, in the order of the first 256 ids."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]  # why: spaces and control signs would break its lines
+    # why: spaces and control signs would break its lines
+    hidden = [byte for byte in range(256) if byte not in shown]
     return {byte: chr(byte) for byte in shown} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
 
 
@@ -36,7 +38,8 @@ def alphabet():
 def vocabulary():
     """All tokens in the order of their ids, {token: id}, and the merges, {(left id, right id): merged id}."""
     letters = list(alphabet().values())
-    words = gzip.decompress(MERGES.read_bytes()).decode().split()   # why not line by line: 49,000 lists cost 0.2 s
+    # why not line by line: 49,000 lists cost 0.2 s
+    words = gzip.decompress(MERGES.read_bytes()).decode().split()
     lefts, rights = words[::2], words[1::2]
     tokens = letters + [a + "</w>" for a in letters] + [a + b for a, b in zip(lefts, rights)] + list(SPECIAL)
     ids = {token: i for i, token in enumerate(tokens)}
@@ -89,7 +92,8 @@ def decode(ids):
 def tokenize(texts, context_length=77, truncate=False):
     """A text, or a list of texts -> token ids (n, context_length) int64: [SOS], the text, [EOT], then zeros.
 
-    Raises ValueError for a text of more tokens than fit; with `truncate` it is cut, and its last token is [EOT].
+    Raises ValueError for a text of more tokens than fit; with `truncate` it is cut, and its last token is
+    [EOT].
     """
     texts = [texts] if isinstance(texts, str) else texts
     tokens = torch.zeros(len(texts), context_length, dtype=torch.int64)

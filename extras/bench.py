@@ -57,7 +57,8 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 import clip                                   # noqa: E402
 import data                                   # noqa: E402
 from sinkhorn import sinkhorn                 # noqa: E402
-from sotglp import ClassTexts, SOTGLP, draw_prompts, local_logits, objective, project  # noqa: E402
+from clip.prompts import ClassTexts  # noqa: E402
+from sotglp import SOTGLP, draw_prompts, local_logits, objective, project  # noqa: E402
 
 torch.set_num_threads(1)
 DEVICE = torch.device(args.device)

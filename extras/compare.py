@@ -32,8 +32,10 @@ import evaluate
 import ood
 from harness import machine, runs
 import train
+import paper
 from extras import linear_probe
-from methods import released
+from extras.tables import base_new_cells
+from methods import METHODS
 from sotglp import SOTGLP, fuse
 
 # Name of a row: its label, its options of train.py, its column of Table 1. None: it has a command of its own.
@@ -66,7 +68,7 @@ ABLATIONS = {"full": ("SOT-GLP", []),
         # why 100: at 0.01 the default 20 leave larger row errors, and the row would show those
         "epsilon_0.01": ("epsilon = 0.01, 100 iterations", ["--epsilon", "0.01", "--n-iters", "100"]),
         "epsilon_1": ("epsilon = 1", ["--epsilon", "1"]),
-        "released": ("released recipe", ["--recipe", "released"])}
+        "released": ("released recipe", ["--method", "released"])}
 WEIGHTS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)         # of the local branch in the fused score
 ABLATION_COLUMNS = {"validation": "validation", "accuracy": "test", "gl_mcm": "AUROC, GL-MCM"}
 # The paper's columns of Table 2 and rows of Table 3 that are rows here.
@@ -167,8 +169,8 @@ def check_ood(job):
     """Raises ValueError where a run's ood.json is not what ood.py writes without options."""
     path = job.folder / "ood.json"
     found = json.loads(path.read_text(encoding="utf-8"))
-    released_recipe = getattr(job.options, "recipe", "paper") == "released"
-    usual = {"temperature": released.OOD_TEMPERATURE if released_recipe else 1.0, "local_weight": 1.0, "ood_root": {}}
+    temperature = METHODS[job.options.method].ood_temperature
+    usual = {"temperature": temperature, "local_weight": 1.0, "ood_root": {}}
     differs = [f"{name} {found.get(name)}, here {usual[name]}" for name in usual if found.get(name) != usual[name]]
     if differs:
         raise ValueError(f"{path} was made with other options ({'; '.join(differs)}): remove it, and it is made again")
@@ -269,20 +271,20 @@ def make_table(args, jobs):
 
 def print_table(args, table):
     """The rows, a column for each measure; the paper's column stands beside ViT-B/16 at 16 shots alone."""
-    published = {row["dataset"]: row for row in evaluate.paper_table(1)}
+    published = {row["dataset"]: row for row in paper.table(1)}
     for (dataset, shots), rows in table.items():
         model = args.model or machine.default_model(dataset)
-        paper = published.get(dataset, {}) if (model, shots) == ("ViT-B/16", 16) else {}
+        printed = published.get(dataset, {}) if (model, shots) == ("ViT-B/16", 16) else {}
         print(f"\n{dataset}, {shots} shots, model {model}, seeds {' '.join(map(str, args.seeds))}: mean +- standard "
               "deviation; AUROC is the mean over the OOD sets")
         heads = ("accuracy", "AUROC, MCM", "AUROC, L-MCM", "AUROC, GL-MCM", "s/epoch", "parameters")
-        heads += ("the paper's",) if paper else ()
+        heads += ("the paper's",) if printed else ()
         print(f"{'':26s}" + "".join(f"{head:>16s}" for head in heads))
         for row, values in rows.items():
             cells = [evaluate.mean_and_spread(values.get(column, []))
                      for column in ("accuracy", "mcm", "l_mcm", "gl_mcm", "s/epoch")]
             cells.append(f"{values['parameters'][0]:,}" if values else "")
-            cells += [paper.get(ROWS[row][2], "")] if paper else []
+            cells += [printed.get(ROWS[row][2], "")] if printed else []
             print(f"{args.rows[row][0]:26s}" + "".join(f"{cell:>16}" for cell in cells))
     print("\nA method's epochs, rate and batch are its own (train.py --method NAME --help). An OOD cell is empty where "
           "a method has no such score.")
@@ -296,7 +298,7 @@ def print_base_to_new(args, table):
         heads = ("base", "new", "harmonic mean", "s/epoch", "parameters")
         print(f"{'':26s}" + "".join(f"{head:>16s}" for head in heads))
         for row, values in rows.items():
-            cells = [*evaluate.base_new_cells([*zip(values["accuracy"], values["new"])]).values(),
+            cells = [*base_new_cells([*zip(values["accuracy"], values["new"])]).values(),
                      evaluate.mean_and_spread(values.get("s/epoch", [])), f"{values['parameters'][0]:,}"]
             print(f"{args.rows[row][0]:26s}" + "".join(f"{cell:>16}" for cell in cells))
     print("\nThe harmonic mean is that of the two means; its deviation is that of the seeds' own.")
@@ -310,18 +312,19 @@ def score_weights(run, device):
     RUN/weights.json: {"val": {score: accuracy}, "test": {score: accuracy}}; "val" is empty without validation pictures.
     Raises ValueError for a run of a method whose two scores are not added in this way.
     """
-    checkpoint, model = runs.open_run(run, device)
+    checkpoint = runs.read_checkpoint(run)
+    model = runs.build(run, checkpoint, device)
     if not isinstance(model, SOTGLP):
         raise ValueError(f"{run} is a run of {checkpoint['config']['method']}: --weights is for sotglp and its "
                          "variants")
     config, own = checkpoint["config"], model.scores
-    _, *parts, _ = evaluate.load_pictures(config)
+    _, *parts, _ = runs.load_pictures(config)
     model.scores = lambda outputs: {**own(outputs), **{str(weight): fuse(*outputs, weight) for weight in WEIGHTS}}
     found = {"val": {}, "test": {}}
     for part, items in zip(found, parts):
         if items:
             counts = evaluate.test(model, items, config["dataset"], machine.usable_amp(config["amp"], device))
-            found[part] = {score: 100 * right.sum().item() / len(items) for score, right in counts.right.items()}
+            found[part] = {score: 100 * n.sum().item() / len(items) for score, n in counts.n_correct.items()}
     machine.write_json(run / "weights.json", found)
 
 
@@ -354,8 +357,8 @@ def paper_difference(row):
     """What the paper prints for a row, against its full method: accuracy (Table 2, average), AUROC (Table 3, mean)."""
     if row not in PAPER_COLUMNS:
         return ""
-    accuracy = next(line for line in evaluate.paper_table(2) if line["dataset"] == "average")
-    auroc = {line["method"]: line["mean AUROC"] for line in evaluate.paper_table(3)}
+    accuracy = next(line for line in paper.table(2) if line["dataset"] == "average")
+    auroc = {line["method"]: line["mean AUROC"] for line in paper.table(3)}
     return ", ".join(f"{table[PAPER_COLUMNS[row]] - table['SOT-GLP']:+.1f}" for table in (accuracy, auroc)
                      if PAPER_COLUMNS[row] in table)
 
@@ -434,7 +437,7 @@ def parse_args(argv=None):
 def check_more(parser, args):
     """Ends the program where rows, seeds and shots, or what goes to train.py, would spoil the table."""
     given = {option.partition("=")[0] for option in args.more}
-    own = given & {"--method", "--recipe", "--seed", "--resume", "--overwrite"}
+    own = given & {"--method", "--seed", "--resume", "--overwrite"}
     if own:
         parser.error(f"{', '.join(sorted(own))} would be the same for all rows and seeds: --methods and --seeds name "
                      "those")

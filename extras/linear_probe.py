@@ -19,14 +19,14 @@ import torch
 import data
 import evaluate
 from harness import machine, runs
+from harness.options import folder_name
 from methods.linear_probe import LinearProbe, fit, search
 
 
 @torch.no_grad()
 def image_features(clip_model, items, args):
     """Image features of some items, not normalised, without augmentation -> (n, D), labels (n,)."""
-    pictures = data.Pictures(items, clip.preprocess(clip_model.visual.resolution), own=args.dataset == "folder")
-    loader = data.test_loader(pictures, evaluate.EVAL_BATCH, args.workers, args.device)
+    loader = data.test_batches(items, args.dataset, clip_model.visual.resolution, args.workers, args.device)
     features, labels = zip(*((clip_model.encode_image(images.to(args.device)), labels)
                              for images, labels in machine.progress(loader, "features")))
     return torch.cat(features), torch.cat(labels).to(args.device)
@@ -52,7 +52,7 @@ def parse_args(argv=None):
     args.model = clip.full_name(args.model or machine.default_model(args.dataset))
     with machine.plain_errors():
         args.data_root = data.find_root(args.dataset, args.data_root)
-    args.output_dir = args.output_dir or runs.folder_name(configuration(args), vars(parser.parse_args([])))
+    args.output_dir = args.output_dir or folder_name(configuration(args), vars(parser.parse_args([])))
     return args
 
 

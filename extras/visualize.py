@@ -27,11 +27,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import data
-import evaluate
 from harness import machine, runs
 from clip.loader import MEAN, STD
 from methods import METHODS
-from sotglp import SOTGLP, saliency, sinkhorn, sparse_support
+from sotglp import SOTGLP, saliency, sparse_transport
 
 WIDE, SMALL, GAP = 448, 336, 16        # sides of the panels in pixels: three wide or four small ones fill a row,
 WIDTH = 4 * SMALL + 3 * GAP            # which has this width
@@ -213,25 +212,27 @@ class Look(NamedTuple):
 
 
 @torch.no_grad()
-def look(model, images, texts, label=None):
+def look(model, images, text_features, label=None):
     """The scores of a picture (1, 3, R, R), and what its patches say of a class: of `label`, else the predicted one."""
-    probabilities = {name: score[0].softmax(dim=0) for name, score in model.scores(model(images, texts=texts)).items()}
-    label = int(next(iter(probabilities.values())).argmax()) if label is None else label
-    similarity = patch_cosines(model, images, texts, label)                        # (P, L)
+    outputs = model(images, None, text_features)
+    probabilities = {name: score[0].softmax(dim=0) for name, score in model.scores(outputs).items()}
+    if label is None:
+        label = int(model.logits(outputs)[0].argmax())
+    similarity = patch_cosines(model, images, text_features, label)                # (P, L)
     if type(model) not in TRANSPORT:
         return Look(probabilities, label, similarity)
-    kept, support = best_patches(similarity, getattr(model, "n_support", len(similarity)))   # (K, L), (K,)
-    plan = sinkhorn(1 - kept, epsilon=model.epsilon, n_iters=model.n_iters)        # (K, L), Eq. 9
+    n_support = getattr(model, "n_support", len(similarity))
+    support, plan = transport(similarity, n_support, model.epsilon, model.n_iters) # (K,), (K, L)
     return Look(probabilities, label, similarity, support, plan)
 
 
 @torch.no_grad()
-def patch_cosines(model, images, texts, label):
+def patch_cosines(model, images, text_features, label):
     """Cosines of a picture's patches with the prompts of a class that patches are compared with: (P, L).  Sec. 3.4
 
     images: (1, 3, R, R), or the pair that `clip.encode_patches` made of them. None of a method that uses no patches.
     """
-    *others, prompts = texts if isinstance(texts, tuple) else (texts,)
+    *others, prompts = text_features if isinstance(text_features, tuple) else (text_features,)
     prompts = prompts[[label]]                                                     # (1, L, D), or (1, D) where L is 1
     # why one by one: a method's `cosines` averages over the prompts that it is given
     alone = prompts.split(1, dim=1) if prompts.dim() == 3 else [prompts]
@@ -239,18 +240,18 @@ def patch_cosines(model, images, texts, label):
     return None if cosines[0] is None else torch.cat(cosines, dim=2)[0]
 
 
-def best_patches(similarity, n_support):
-    """The support, the most salient patch first: (P, L) -> kept similarities (K, L), their patches (K,).  Eq. 8"""
-    kept, patches = (part[0, 0] for part in sparse_support(similarity[None, None], n_support))
+def transport(similarity, n_support, epsilon=0.1, n_iters=20):
+    """The support, the most salient patch first, and its plan: (P, L) -> patches (K,), plan (K, L).  Eq. 8-9"""
+    kept, plan, patches = (part[0, 0] for part in sparse_transport(similarity[None, None], n_support, epsilon, n_iters))
     order = saliency(kept).argsort(descending=True)
-    return kept[order], patches[order]
+    return patches[order], plan[order]
 
 
 # ---- Figure 2 ------------------------------------------------------------------------------------------------
 
-def figure_2(model, texts, image, name, truth=None, label=None):
+def figure_2(model, text_features, image, name, truth=None, label=None):
     """All panels of one picture (3, R, R). truth: its label, where known; label: whose prompts are shown.  Figure 2"""
-    seen, picture = look(model, image[None], texts, label), picture_of(image)
+    seen, picture = look(model, image[None], text_features, label), picture_of(image)
     top, maps = [titled(enlarged(picture, WIDE), "the picture", "as the model saw it")], []
     if seen.similarity is not None:
         bounds = seen.similarity.min().item(), seen.similarity.max().item()
@@ -323,20 +324,20 @@ STREAMS = {"vv": "V-V patch tokens (Eq. 2)", "vv_alias": "V-V patch tokens of th
            "value": "value-path patch tokens (GL-MCM): in the last block each patch attends to itself alone"}
 
 
-def streams(model, texts, image, name, truth=None, label=None):
+def streams(model, text_features, image, name, truth=None, label=None):
     """The same prompts on the run's own patch tokens and on CLIP's other streams. Arguments as of `figure_2`."""
     picture, side = picture_of(image), (WIDTH - 5 * GAP) // 6
-    seen, parts = look(model, image[None], texts, label), []
+    seen, parts = look(model, image[None], text_features, label), []
     if seen.similarity is None:
         raise ValueError("--streams: the method of this run compares no patches")
     label = seen.label
     for stream in dict.fromkeys((model.stream, "vv", "qk", "value")):
         tokens = model.clip.encode_patches(image[None], stream)                    # (1, W), (1, P, W)
-        similarity = patch_cosines(model, tokens, texts, label)                    # (P, L)
+        similarity = patch_cosines(model, tokens, text_features, label)                    # (P, L)
         bounds = similarity.min().item(), similarity.max().item()
         maps = prompt_maps(picture, similarity, bounds, side)
         if type(model) is SOTGLP:
-            _, support = best_patches(similarity, model.n_support)
+            support, _ = transport(similarity, model.n_support)
             maps.insert(0, titled(heat_map(picture, saliency(similarity), bounds, side, support), "support (Eq. 7-8)"))
         parts += [text_panel("the run's own: " * (stream == model.stream) + STREAMS[stream], size=20),
                   stack([titled(enlarged(picture, side), "the picture"), *maps], 6), scale_bar(HEAT, *bounds)]
@@ -346,7 +347,8 @@ def streams(model, texts, image, name, truth=None, label=None):
 def training_batch(name, config, items):
     """The first batch that a run of this configuration sees of its training items, cropped and flipped at random."""
     _, preprocess = clip.load(config["model"])
-    pictures = data.Pictures(items, data.train_transform(preprocess), config["seed"], config["dataset"] == "folder")
+    pictures = data.Pictures(items, data.train_transform(preprocess), config["seed"],
+                             data.DATASETS[config["dataset"]].as_people_see)
     batch = next(iter(data.Batches(len(items), config["batch_size"], config["seed"])))   # (epoch, i) of each picture
     side = (WIDTH - 7 * GAP) // 8
     cells = [stack([enlarged(picture_of(pictures[index][0]), side), text_panel(items[index[1]][2], side)], gap=4)
@@ -386,9 +388,9 @@ def read_curves(run):
 def run_items(run, checkpoint, data_root, split):
     """The pictures that a run was trained on, or those of its other parts that it was not trained on."""
     if split != "train":
-        return evaluate.unseen_pictures(run, checkpoint, data_root, split)[0]
+        return runs.unseen_pictures(run, checkpoint, data_root, split)[0]
     config = checkpoint["config"]
-    items, *_, class_names = evaluate.load_pictures(config, data_root)
+    items, *_, class_names = runs.load_pictures(config, data_root)
     runs.check_classes(run, checkpoint["class_names"], class_names)
     return items
 
@@ -448,14 +450,14 @@ def main(args):
     model = runs.build(run, checkpoint, args.device)
     preprocess = clip.preprocess(model.clip.visual.resolution)
     with torch.no_grad():
-        texts = model.encode_prompts()
+        text_features = model.encode_prompts()
     kind, draw = ("streams", streams) if args.streams else ("figure2", figure_2)
     for i in range(count):
         path, truth, *_ = items[i * len(items) // count]
-        own = bool(args.images) or config["dataset"] == "folder"
-        image = preprocess(data.read_image(path, own)).to(args.device)             # (3, R, R)
+        as_people_see = bool(args.images) or data.DATASETS[config["dataset"]].as_people_see
+        image = preprocess(data.read_image(path, as_people_see)).to(args.device)   # (3, R, R)
         name = re.sub(r"[^\w.]+", "-", "-".join(Path(path).with_suffix("").parts[-3:])).strip("-")
-        save(f"{kind}-{i + 1}-{name}", draw(model, texts, image, path, truth, label))
+        save(f"{kind}-{i + 1}-{name}", draw(model, text_features, image, path, truth, label))
 
 
 if __name__ == "__main__":

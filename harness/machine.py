@@ -1,6 +1,7 @@
 """What every script needs of the machine: device, precision, processes, a line of progress, files written whole."""
 
 import contextlib
+import csv
 import functools
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import clip  # before torch: it bounds how long torch's threads wait
@@ -16,6 +18,7 @@ import clip  # before torch: it bounds how long torch's threads wait
 import numpy
 import PIL
 import torch
+import torch.distributed as dist
 import torchvision
 
 
@@ -112,15 +115,17 @@ def end_with_parent():
 # ---- what every script prints and writes with --------------------------------------------------------------
 
 
-def progress(steps, label, rank=0):
-    """Passes the steps on. Where stderr is a terminal, rank 0 shows there how far they are."""
-    start, shown = time.time(), 0.0
+def progress(steps, label, rank=0, total=None):
+    """Passes the steps on. Where stderr is a terminal, rank 0 shows there how many of the total are done."""
+    total = len(steps) if total is None else total
+    start = time.time()
+    shown = 0.0
     for i, step in enumerate(steps, 1):
         yield step
         if rank == 0 and sys.stderr.isatty() and time.time() - shown > 0.5:
             shown = time.time()
-            left = (shown - start) / i * (len(steps) - i)
-            print(f"\r{label} {i}/{len(steps)}, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
+            left = (shown - start) / i * (total - i)
+            print(f"\r{label} {i}/{total}, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
     if shown:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
 
@@ -178,6 +183,18 @@ def write_text(path, text):
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def write_csv(path, rows):
+    """Rows, {column: value} each, as a CSV file, whole or not at all."""
+    def write(temporary):
+        # why surrogateescape: a file name need not be text in any encoding
+        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            table = csv.DictWriter(file, [*rows[0]])
+            table.writeheader()
+            table.writerows(rows)
+
+    write_whole(path, write)
+
+
 def write_json(path, fields):
     """A dict as indented JSON, whole or not at all."""
     write_text(path, json.dumps(fields, indent=2) + "\n")
@@ -187,3 +204,17 @@ def check_writable(folder):
     """Raises OSError for a folder that cannot be written to. why: else it would show when all the work is done."""
     if not os.access(folder, os.W_OK):
         raise OSError(f"{folder} is read-only here: results are written into it, so copy it to where they can be")
+
+
+def start_processes(args):
+    """Joins the processes that torchrun started -> rank, world size, device; alone without torchrun."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if world > 1 else device
+        torch.cuda.set_device(device)                    # why: what names no GPU, result.json among it, means this one
+    if world > 1:
+        end_with_parent()
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=60))
+    return rank, world, device

@@ -9,7 +9,7 @@
     weights.json   accuracies for several weights of the local branch, from extras/compare.py --ablations
     pictures/      what extras/visualize.py drew
 
-Read it from `open_run` (from a folder to a model) through the checks.
+Read it from `load_run` (from a folder to a model) through the checks to the pictures of a run.
 """
 
 import fnmatch
@@ -17,7 +17,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import time
 import zipfile
 from pathlib import Path
@@ -26,8 +25,8 @@ import clip  # before torch: it bounds how long torch's threads wait
 
 import torch
 
-from clip.loader import check_archive
-from harness import machine
+import data
+from clip.weights import check_archive
 from methods import METHODS, OPTIONS
 
 # What a run writes beside last.pt, log.jsonl and lock, as patterns.
@@ -35,24 +34,21 @@ REPORTS = ("result.json", "per_class.csv", "evaluation*.json", "evaluation*.csv"
 # What last.pt contains; training: the paths of the training pictures below the root.
 CHECKPOINT = {"learned": dict, "optimizer": dict, "scaler": dict, "config": dict, "class_names": list, "data": dict,
               "training": list, "clip_sha256": str, "threads": int, "epoch": int, "seconds": float, "log": list}
-# Options that runs of earlier versions do not name, and what they did.
-ADDED = {"method": "sotglp", "recipe": "paper", "local_mean": False, "vv_alias": False, "keep_underscores": False,
-         "activation": "quickgelu", "template": None, "held_out": None, "test_split": "test", "classes": "all"}
+# The options that all configurations have; those of the method come behind them.
+CONFIGURATION = ("dataset", "data_root", "model", "activation", "template", "classes", "shots", "held_out",
+                 "test_split", "seed", "split_seed", "sampler", "amp", "text_chunk", "checkpoint_text")
 # Options that change how a run is computed and stored, but not what is computed.
-PRACTICAL = {"data_root", "output_dir", "device", "workers", "amp", "text_chunk", "checkpoint_text"}
-# Options that have a place of their own in the name of a run's folder, and those that are no part of a configuration.
-NAMED = {"method", "recipe", "dataset", "model", "classes", "shots", "seed", "resume", "overwrite"}
+IGNORED_WHEN_COMPARING = {"data_root", "output_dir", "device", "workers", "amp", "text_chunk", "checkpoint_text"}
 
 
 # ---- from a folder to a model --------------------------------------------------------------------------------
 
-def open_run(run, device="cpu"):
-    """A run's folder -> the contents of its last.pt, and its model in evaluation mode with what it has learned.
+def load_run(run, device="cpu"):
+    """A run's folder -> its model with the learned prompts, in evaluation mode.
 
-    Raises FileNotFoundError where there is no run, ValueError where last.pt is damaged or does not fit its CLIP.
+    Raises FileNotFoundError where there is no run, ValueError where its CLIP is not the one it was trained with.
     """
-    checkpoint = read_checkpoint(run)
-    return checkpoint, build(run, checkpoint, device)
+    return build(run, read_checkpoint(run), device)
 
 
 def build(run, checkpoint, device="cpu", class_names=None):
@@ -71,11 +67,9 @@ def build(run, checkpoint, device="cpu", class_names=None):
 
 def make_model(clip_model, class_names, config, ranks=(0, 1)):
     """The model that a configuration (the options of train.py, as a dict) describes."""
-    # why not: an option of another name than its parameter switches it off
-    options = {parameter: config[option] if option == parameter else not config[option]
-               for option, (parameter, _) in OPTIONS[config["method"]].items()}
+    options = {name: config[name] for name in OPTIONS[config["method"]]}
     return METHODS[config["method"]](clip_model, class_names, **options, text_chunk=config["text_chunk"],
-                           checkpoint_text=config["checkpoint_text"], ranks=ranks)
+                                     checkpoint_text=config["checkpoint_text"], ranks=ranks)
 
 
 def restore(run, checkpoint, model, clip_sha256):
@@ -110,22 +104,17 @@ def read_checkpoint(run):
     except Exception as error:  # why so broad: in a damaged file zipfile, pickle and torch can trip over anything
         raise ValueError(f"{path} is damaged: it cannot be read ({type(error).__name__}); the run must start anew, "
                          "with --overwrite") from error
-    # why training: [] here: a run of an earlier version does not name what it was trained on
-    checkpoint = {"training": [], **checkpoint} if isinstance(checkpoint, dict) else {}
+    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
     wrong = [name for name, kind in CHECKPOINT.items() if not isinstance(checkpoint.get(name), kind)]
     if not wrong:
         parts = {"learned": (checkpoint["learned"].values(), torch.Tensor), "log": (checkpoint["log"], dict),
                  "class_names": (checkpoint["class_names"], str), "training": (checkpoint["training"], str)}
         wrong = [name for name, (values, kind) in parts.items() if not all(isinstance(v, kind) for v in values)]
         config = checkpoint["config"]
-        config.update({**ADDED, **config})
-        options = ["dataset", "model", "data_root", "shots", "seed", "split_seed", "sampler", "amp", "text_chunk",
-                   "checkpoint_text"]
-        if config["method"] in [*METHODS]:
-            options += OPTIONS[config["method"]]
-        else:
-            wrong += [f"known method, but {config['method']!r}"]
-        wrong += [f"option {name}" for name in options if name not in config]
+        method = config.get("method")
+        if method not in [*METHODS]:
+            wrong.append(f"known method, but {method!r}")
+        wrong += [f"option {name}" for name in (*CONFIGURATION, *OPTIONS.get(str(method), ())) if name not in config]
     if wrong:
         raise ValueError(f"{path} is damaged, or is not a file of this program: it has no readable {', '.join(wrong)}")
     return checkpoint
@@ -152,7 +141,6 @@ def read_result(run):
                          "tests the run again") from error
     if wrong:
         raise ValueError(f"{path} is damaged, or is not a file of this program: it has no {', '.join(wrong)}")
-    result["config"] = {**ADDED, **result["config"]}
     return result
 
 
@@ -161,39 +149,6 @@ def finished_runs(folder):
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     return [path.parent for path in sorted(Path(folder).rglob("result.json"))]
-
-
-def folder_name(options, defaults):
-    """Where a run is written if nobody says otherwise, such as runs/released-eurosat-ViT-B-32-16shot-epochs20-seed1.
-
-    The name has all in which a run is not the usual one of its dataset. options: as given, with method, model and
-    data_root filled in; defaults: what the other ones are where they are not given.
-    """
-    method, recipe, dataset, model = (options.get(name) for name in ("method", "recipe", "dataset", "model"))
-    parts = [method] if method != "sotglp" else []
-    parts += [recipe] if recipe not in (None, "paper") else []
-    parts += [dataset, os.path.basename(options["data_root"])] if dataset == "folder" else [dataset]
-    if model != machine.default_model(dataset):
-        parts.append(Path(model).stem if os.path.isabs(model) else model)
-    parts += ["base"] if options["classes"] == "base" else []
-    parts.append(f"{options['shots'] or 'all'}shot")
-    parts += [in_words(name, options[name]) for name, default in defaults.items()
-              if name not in NAMED | PRACTICAL and options[name] != default]
-    # why: a blank or a slash would need quotes, or make folders
-    return "runs/" + "-".join(re.sub(r"[^\w.+]+", "-", part).strip("-") for part in parts) + f"-seed{options['seed']}"
-
-
-def in_words(name, value):
-    """An option and its value in the name of a folder: epochs20, no-vv, plan-sinkhorn, top-k5+10."""
-    name = name.replace("_", "-")
-    if value is True:
-        return name
-    if value is False:
-        return name.removeprefix("no-") if name.startswith("no-") else f"no-{name}"
-    if isinstance(value, str):
-        return f"{name}-{value[:30]}"
-    numbers = value if isinstance(value, list) else [value]
-    return name + "+".join(f"{number:.10g}" for number in numbers)
 
 
 def check_free(folder, config, resume=False, overwrite=False):
@@ -264,25 +219,33 @@ def lock(folder, patience=2.0):
 # ---- what must agree -----------------------------------------------------------------------------------------
 
 def changes(before, now):
-    """The options in which two configurations differ, without those in PRACTICAL: a list of texts."""
+    """The options in which two configurations differ, without those in IGNORED_WHEN_COMPARING: a list of texts."""
     return [f"{name} was {before.get(name)}, is {now[name]}" for name in now
-            if name not in PRACTICAL and before.get(name) != now[name]]
+            if name not in IGNORED_WHEN_COMPARING and before.get(name) != now[name]]
 
 
 def is_variant(config):
     """Whether a method's own options differ from its defaults, as in an ablation."""
-    return any(config.get(option, default) != (list(default) if isinstance(default, tuple) else default)
-               for option, (_, default) in OPTIONS.get(config["method"], {}).items())
+    options = OPTIONS.get(config["method"], {})            # why: the linear probe has none
+    if not options:
+        return False
+    defaults = {**options, **METHODS[config["method"]].recipe(config["dataset"])}
+    return any(comparable(config[option]) != comparable(defaults[option]) for option in options)
 
 
-def below(path, root):
+def comparable(value):
+    """An option's value, lists as tuples. why: JSON has no tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def relative_path(path, root):
     """An item's path below the root. Drawn pictures have no root."""
     return os.path.relpath(path, os.path.abspath(os.path.expanduser(root))) if os.path.isabs(path) else path
 
 
 def digest(items, root):
     """The number of some items, and a hash of their paths below the root and their labels."""
-    lines = [f"{below(path, root)}\t{label}" for path, label, _ in items]
+    lines = [f"{relative_path(path, root)}\t{label}" for path, label, _ in items]
     return [len(items), hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()]
 
 
@@ -324,11 +287,72 @@ def check_classes(run, trained, found):
                          f"in the data it is {now!r}, of {len(found)}")
 
 
-
-
 def check_csv(path):
     """Raises ValueError for a file that --csv must not replace: a folder, or one of those that make up a run."""
     if os.path.isdir(path):
         raise ValueError(f"--csv {path} is a folder: name a file")
     if any(fnmatch.fnmatch(Path(path).name, pattern) for pattern in ("last.pt", "log.jsonl", "lock", *REPORTS)):
         raise ValueError(f"--csv {path} has the name of a file of a run: give another one")
+
+
+# ---- the pictures of a run ---------------------------------------------------------------------------------
+
+
+def load_pictures(config, data_root=None, classes=None):
+    """What `data.load` gives for a run's configuration. data_root, classes: in place of the run's own."""
+    return data.load(config["dataset"], root_of(config, data_root), config["shots"], config["split_seed"],
+                     config["sampler"], config["held_out"], classes or config["classes"])
+
+
+def root_of(config, data_root=None, dataset=None):
+    """The folder of a run's dataset, or of another one: the one given, else the run's own."""
+    return data.find_root(dataset or config["dataset"], data_root) if data_root else config["data_root"]
+
+
+def unseen_pictures(run, checkpoint, data_root=None, split="test", on=None, classes=None):
+    """What a run is tested on, see `asked_pictures`, without the pictures that it was trained on -> items, class names.
+
+    why: what is held out of a folder of one's own pictures is drawn from what the folder holds now, not then. Says how
+    many are left out, and where a run is not finished. Raises ValueError where no picture is left.
+    """
+    config, trained = checkpoint["config"], {*checkpoint["training"]}
+    dataset, root = on or config["dataset"], root_of(config, data_root, on)
+    items, class_names = asked_pictures(run, checkpoint, data_root, split, on, classes)
+    if checkpoint["epoch"] < config.get("epochs", 0):
+        print(f"note: {run} is not finished: it stands at epoch {checkpoint['epoch']} of {config['epochs']}",
+              flush=True)
+    if dataset != config["dataset"]:                       # why: equal names then do not mean equal pictures
+        trained = set()
+    unseen = [item for item in items if relative_path(item[0], root) not in trained]
+    if len(unseen) < len(items):
+        print(f"note: {run} was trained on {len(items) - len(unseen)} of the {len(items)} {split} pictures of today: "
+              f"they are left out, {len(unseen)} count", flush=True)
+    if not unseen:
+        raise ValueError(f"{run} was trained on all pictures that are in its {split} part now")
+    return unseen, class_names
+
+
+def asked_pictures(run, checkpoint, data_root, split, on, classes):
+    """A run's own test or validation pictures; on: those of another dataset; classes "new": of those that it lacks.
+
+    -> items, class names. Raises ValueError where the run's own classes are others now, or it lacks none.
+    """
+    config = checkpoint["config"]
+    if on:                                                 # why 0 shots: no training images are needed
+        items, class_names = data.load(on, root_of(config, data_root, on), 0, config["split_seed"])[2:]
+        published = (data.DATASETS[on].sizes or [len(items)])[-1]
+        if len(items) != published:
+            print(f"note: {on} has {len(items)} test pictures here, {published} as published", flush=True)
+        return items, class_names
+    if classes and config["classes"] != "base":
+        raise ValueError(f"{run} was trained on all classes: --classes new is for runs of train.py --classes base")
+    _, val, test, class_names = load_pictures(config, data_root)
+    check_classes(run, checkpoint["class_names"], class_names)
+    return load_pictures(config, data_root, classes)[2:] if classes else (choose(split, val, test), class_names)
+
+
+def choose(split, val, test):
+    """The split that accuracies are measured on, "test" or "val". Raises ValueError where it is empty."""
+    if split == "val" and not val:
+        raise ValueError("there are no validation pictures: all are trained on. Give --shots, or a folder val/")
+    return {"val": val, "test": test}[split]

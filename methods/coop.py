@@ -10,23 +10,19 @@ Letters: those of sotglp.py.  B images   C classes   M vectors of the context   
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from sinkhorn import in_float32
-from sotglp import Method, project
+from clip.precision import in_float32
+from sotglp import Method, cross_entropy, project
+
+
+objective = cross_entropy    # its mean over the images of a batch
 
 
 @in_float32
 def logits(image, text, scale):
     """Cosine of image and class, times 1/tau: unit (B, D), or any (..., D), and (C, D) -> (B, C)."""
     return scale * image @ text.T
-
-
-@in_float32
-def objective(logits, labels, n_batch=None):
-    """Cross-entropy: (B, C), (B,) -> scalar, the mean over n_batch images, of which these may be a part."""
-    return F.cross_entropy(logits, labels, reduction="sum") / (n_batch or len(labels))
 
 
 class CoOp(Method):
@@ -42,14 +38,16 @@ class CoOp(Method):
     SUFFIX = "."            # the name is followed by a full stop, as in "a photo of a cat."
     stream = "value"        # the patches of GL-MCM; accuracy needs none
 
-    def __init__(self, clip_model, class_names, n_context=16, words=None, class_specific=False, **texts):
-        super().__init__(clip_model, class_names, **texts)
+    def __init__(self, clip_model, class_names, n_context=16, words=None, class_specific=False, **text_options):
+        super().__init__(clip_model, class_names, **text_options)
         self.class_specific = class_specific
         width = clip_model.token_embedding.weight.shape[1]
         shape = (len(self.class_names),) if class_specific else ()
-        start = self.word_vectors(words).expand(*shape, -1, -1).clone() if words else \
-            torch.empty(*shape, n_context, width).normal_(std=0.02)
-        self.encode.prepare(start.shape[-2], self.SUFFIX)      # why here: what cannot work fails before training
+        if words:
+            start = self.word_vectors(words).expand(*shape, -1, -1).clone()
+        else:
+            start = torch.empty(*shape, n_context, width).normal_(std=0.02)
+        self.text_encoder.check_names(start.shape[-2], self.SUFFIX)      # why here: what cannot work fails before training
         self.context = nn.Parameter(start)                                         # (M, W), or (C, M, W)
         self.to(clip_model.logit_scale.device)
 
@@ -57,21 +55,26 @@ class CoOp(Method):
         """[SOS], context, class name, full stop, [EOT] of each class -> unit (C, D)."""
         return self.encode(self.context[..., None, :, :], self.SUFFIX)[:, 0]       # one prompt per class: N = 1
 
-    def forward(self, images, drawn=None, texts=None):
-        """Images (B, 3, R, R), or what `clip.encode_patches` made of them -> a tuple of the logits (B, C)."""
-        cls, _ = self.tokens(images)                                               # (B, W)
-        text = self.encode_prompts() if texts is None else texts                   # (C, D)
-        return logits(project(cls, self.clip.visual.proj), text, self.scale),
+    def forward(self, features, drawn=None, text_features=None):
+        """Pictures or their features -> a tuple of the logits (B, C)."""
+        cls, _ = self.features(features)                                           # (B, W)
+        text = self.encode_prompts() if text_features is None else text_features                   # (C, D)
+        return (logits(project(cls, self.clip.visual.proj), text, self.scale),)
 
     def loss(self, outputs, labels, n_batch):
         """These images' part of the cross-entropy of a batch of n_batch images; it is the only term."""
         loss = objective(outputs[0], labels, n_batch)
         return loss, {"global": loss.detach()}
 
+    def logits(self, outputs):
+        """The only score: (B, C)."""
+        return outputs[0]
+
     def scores(self, outputs):
         """{"global": (B, C)}."""
         return {"global": outputs[0]}
 
-    def cosines(self, images, texts):
+    def cosines(self, features, text_features):
         """Raw cosines of images, and of their value-path patches, with each class: (B, C), (B, P, C).  GL-MCM"""
-        return tuple(logits(project(tokens, self.clip.visual.proj), texts, 1.0) for tokens in self.tokens(images))
+        return tuple(logits(project(tokens, self.clip.visual.proj), text_features, 1.0)
+                     for tokens in self.features(features))

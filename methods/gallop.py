@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sinkhorn import in_float32
-from sotglp import TEMPLATE, Method, draw_prompts, global_logits, mean_cosines, project
+from clip.precision import in_float32
+from clip.prompts import TEMPLATE
+from sotglp import (Method, cross_entropy, draw_prompts, global_logits, mean_cosines, patch_similarity,
+                    project)
 
 
 @in_float32
@@ -37,7 +39,7 @@ def top_k_mean(similarity, top_k=(5, 10, 15, 20)):
 @in_float32
 def local_logits(patches, text, scale, top_k):
     """Each prompt's local score, times 1/tau: unit (B, P, D), (C, L, D) -> (B, C, L)."""
-    return scale * top_k_mean(torch.einsum("bpd,cld->bcpl", patches, text), top_k)
+    return scale * top_k_mean(patch_similarity(patches, text), top_k)
 
 
 @in_float32
@@ -46,9 +48,15 @@ def objective(global_logits, local_logits, labels, n_batch=None):
 
     (B, C) of the prompt that each image kept, (B, C, L), (B,) -> scalar, the mean over n_batch images.
     """
+    return cross_entropy(global_logits, labels, n_batch) + local_cross_entropy(local_logits, labels, n_batch)
+
+
+@in_float32
+def local_cross_entropy(local_logits, labels, n_batch=None):
+    """The mean over the local prompts of the cross-entropy of each: (B, C, L), (B,) -> scalar."""
     L = local_logits.shape[-1]
-    local_loss = F.cross_entropy(local_logits, labels[:, None].expand(-1, L), reduction="sum") / L
-    return (F.cross_entropy(global_logits, labels, reduction="sum") + local_loss) / (n_batch or len(labels))
+    labels = labels[:, None].expand(-1, L)                                         # (B, L)
+    return F.cross_entropy(local_logits, labels, reduction="sum") / (n_batch or len(labels)) / L
 
 
 @in_float32
@@ -69,12 +77,12 @@ class GalLoP(Method):
     stream = "value"
 
     def __init__(self, clip_model, class_names, n_global=4, n_local=4, top_k=(5, 10, 15, 20), prompt_dropout=0.75,
-                 local_projection=True, **texts):
-        super().__init__(clip_model, class_names, **texts)
+                 local_projection=True, **text_options):
+        super().__init__(clip_model, class_names, **text_options)
         self.top_k, self.prompt_dropout = top_k, prompt_dropout
         top_k_mean(torch.zeros(1, 1, 1, n_local), top_k)   # why here: what cannot work fails before training
         template = self.word_vectors(TEMPLATE)                                     # (M, W)
-        self.encode.prepare(len(template))
+        self.text_encoder.check_names(len(template))
         # all start alike: what each image drops, and the different top_k, make them differ
         self.global_prompts = nn.Parameter(template.repeat(n_global, 1, 1))        # (G, M, W)
         self.local_prompts = nn.Parameter(template.repeat(n_local, 1, 1))          # (L, M, W)
@@ -87,9 +95,9 @@ class GalLoP(Method):
         prompts = torch.cat([self.global_prompts, self.local_prompts])
         return self.encode(prompts).split([len(self.global_prompts), len(self.local_prompts)], dim=1)
 
-    def features(self, images):
-        """Images -> unit image features (B, D), and value-path patches behind the learned map (B, P, D)."""
-        cls, patches = self.tokens(images)                                         # (B, W), (B, P, W)
+    def encode_images(self, images):
+        """Pictures or their features -> unit image features (B, D), and value-path patches behind the learned map (B, P, D)."""
+        cls, patches = self.features(images)                                         # (B, W), (B, P, W)
         proj = self.clip.visual.proj
         return project(cls, proj), project(patches, proj, self.local_projection)
 
@@ -97,22 +105,28 @@ class GalLoP(Method):
         """Which global prompts each image keeps in a training step: one of 4 by default, (n_images, k)."""
         return draw_prompts(n_images, len(self.global_prompts), self.prompt_dropout, generator)
 
-    def forward(self, images, drawn=None, texts=None):
+    def forward(self, features, drawn=None, text_features=None):
         """Images -> global logits (B, C), of the prompts kept or the mean of all, and local logits (B, C, L)."""
-        image, patches = self.features(images)
-        global_text, local_text = self.encode_prompts() if texts is None else texts
+        image, patches = self.encode_images(features)
+        global_text, local_text = self.encode_prompts() if text_features is None else text_features
         return (global_logits(image, global_text, self.scale, drawn),
                 local_logits(patches, local_text, self.scale, self.top_k))
 
     def loss(self, outputs, labels, n_batch):
         """These images' part of the objective of a batch of n_batch images, and of its global term."""
-        global_loss = F.cross_entropy(outputs[0].detach(), labels, reduction="sum") / n_batch
-        return objective(*outputs, labels, n_batch), {"global": global_loss}
+        global_logits, local_logits = outputs
+        global_loss = cross_entropy(global_logits, labels, n_batch)
+        local_loss = local_cross_entropy(local_logits, labels, n_batch)
+        return global_loss + local_loss, {"global": global_loss.detach(), "local": local_loss.detach()}
+
+    def logits(self, outputs):
+        """The fused score: (B, C)."""
+        return fuse(*outputs)
 
     def scores(self, outputs):
         """The fused score, which decides, and those of each branch: {name: (B, C)}."""
         return {"fused": fuse(*outputs), "global": outputs[0], "local": outputs[1].mean(dim=-1)}
 
-    def cosines(self, images, texts):
+    def cosines(self, features, text_features):
         """Raw cosines of images and of their patches with each class, averaged over prompts: (B, C), (B, P, C)."""
-        return tuple(mean_cosines(*pair) for pair in zip(self.features(images), texts))
+        return tuple(mean_cosines(*pair) for pair in zip(self.encode_images(features), text_features))

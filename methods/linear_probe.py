@@ -12,6 +12,7 @@ Letters: those of sotglp.py.  n images   C classes   D joint width   c: how much
 import torch
 import torch.nn.functional as F
 
+from clip.precision import to_joint_space
 from sotglp import Method
 
 
@@ -72,9 +73,14 @@ class LinearProbe(Method):
     def encode_prompts(self):
         """There are none."""
 
-    def forward(self, images, drawn=None, texts=None):
-        """Images (B, 3, R, R), or what `clip.encode_patches` made of them -> a tuple of the logits (B, C)."""
-        return logits(self.tokens(images)[0] @ self.clip.visual.proj, self.weight, self.bias),
+    def forward(self, features, drawn=None, text_features=None):
+        """Pictures or their features -> a tuple of the logits (B, C)."""
+        cls, _ = self.features(features)                                           # (B, W)
+        return (logits(to_joint_space(cls, self.clip.visual.proj), self.weight, self.bias),)
+
+    def logits(self, outputs):
+        """The only score: (B, C)."""
+        return outputs[0]
 
     def scores(self, outputs):
         """{"probe": (B, C)}."""

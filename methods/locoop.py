@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 
 from methods import coop
-from sinkhorn import in_float32
+from clip.precision import in_float32
 from sotglp import project
 
 
@@ -40,13 +40,19 @@ def objective(logits, local_logits, labels, lambda_entropy=0.25, top_k=None, n_b
     (B, C), (B, P, C), (B,) -> scalar. top_k: a fifth of the classes where None. Without any background patch the second
     term is 0. n_batch, world: the size of the batch and the number of processes, where these images are a part of it.
     """
+    entropy_of_batch = background_entropy(local_logits, labels, top_k, world)
+    return coop.objective(logits, labels, n_batch) - lambda_entropy * entropy_of_batch
+
+
+@in_float32
+def background_entropy(local_logits, labels, top_k=None, world=1):
+    """The mean entropy of the background patches of a batch: (B, P, C), (B,) -> scalar; 0 where there are none."""
     top_k = default_top_k(local_logits.shape[-1]) if top_k is None else top_k
     patches = background(local_logits, labels, top_k)                              # (B, P)
     n_patches = patches.sum()
     if world > 1:           # why: the mean is one over the whole batch, and images differ in their background patches
         torch.distributed.all_reduce(n_patches)
-    mean_entropy = (entropy(local_logits) * patches).sum() / n_patches.clamp(min=1)
-    return coop.objective(logits, labels, n_batch) - lambda_entropy * mean_entropy
+    return (entropy(local_logits) * patches).sum() / n_patches.clamp(min=1)
 
 
 def default_top_k(n_classes):
@@ -64,22 +70,26 @@ class LoCoOp(coop.CoOp):
     DEFAULTS = {**coop.CoOp.DEFAULTS, "epochs": 50}        # those of LoCoOp's own runs, all of them on ImageNet
 
     def __init__(self, clip_model, class_names, n_context=16, words=None, class_specific=False, lambda_entropy=0.25,
-                 top_k=None, **texts):
-        super().__init__(clip_model, class_names, n_context, words, class_specific, **texts)
+                 top_k=None, **text_options):
+        super().__init__(clip_model, class_names, n_context, words, class_specific, **text_options)
         if top_k is not None and not 1 <= top_k <= len(self.class_names):
             raise ValueError(f"--top-k must lie between 1 and the number of classes, {len(self.class_names)}: "
                              f"got {top_k}")
         self.lambda_entropy, self.top_k = lambda_entropy, top_k
 
-    def forward(self, images, drawn=None, texts=None):
+    def forward(self, features, drawn=None, text_features=None):
         """Images -> a tuple of logits (B, C) and, in training, local logits (B, P, C)."""
         if not self.training:
-            return super().forward(images, drawn, texts)
-        text = self.encode_prompts() if texts is None else texts                   # (C, D)
+            return super().forward(features, drawn, text_features)
+        text = self.encode_prompts() if text_features is None else text_features                   # (C, D)
         return tuple(coop.logits(project(tokens, self.clip.visual.proj), text, self.scale)
-                     for tokens in self.tokens(images))
+                     for tokens in self.features(features))
 
     def loss(self, outputs, labels, n_batch):
         """These images' part of the objective of a batch of n_batch images, and of its cross-entropy."""
-        loss = objective(*outputs, labels, self.lambda_entropy, self.top_k, n_batch, self.encode.ranks[1])
-        return loss, {"global": coop.objective(outputs[0].detach(), labels, n_batch)}
+        logits, local_logits = outputs
+        world = self.text_encoder.ranks[1]
+        global_loss = coop.objective(logits, labels, n_batch)
+        entropy_of_batch = background_entropy(local_logits, labels, self.top_k, world)
+        loss = global_loss - self.lambda_entropy * entropy_of_batch
+        return loss, {"global": global_loss.detach(), "entropy": entropy_of_batch.detach()}

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from methods import coop
-from sinkhorn import in_float32, sinkhorn
-from sotglp import Method, mean_cosines, project
+from clip.precision import in_float32
+from sinkhorn import sinkhorn
+from sotglp import Method, mean_cosines, patch_similarity, project
 
 
 @in_float32
@@ -28,7 +29,7 @@ def logits(patches, text, scale, epsilon=0.1, n_iters=20):
     unit (B, P, D), (C, L, D) -> (B, C). The plan is constant in the backward pass.
     differs: PLOT stops when the batch's mean change is small, so that an image's score depends on its batch.
     """
-    similarity = torch.einsum("bpd,cld->bcpl", patches, text)                      # (B, C, P, L)
+    similarity = patch_similarity(patches, text)                      # (B, C, P, L)
     plan = sinkhorn(1 - similarity.detach(), epsilon=epsilon, n_iters=n_iters)
     return scale * (plan * similarity).sum(dim=(-2, -1))
 
@@ -44,10 +45,10 @@ class PLOT(Method):
     SUFFIX = coop.CoOp.SUFFIX
     stream = "qk"
 
-    def __init__(self, clip_model, class_names, n_local=4, n_context=16, epsilon=0.1, n_iters=20, **texts):
-        super().__init__(clip_model, class_names, **texts)
+    def __init__(self, clip_model, class_names, n_local=4, n_context=16, epsilon=0.1, n_iters=20, **text_options):
+        super().__init__(clip_model, class_names, **text_options)
         self.epsilon, self.n_iters = epsilon, n_iters
-        self.encode.prepare(n_context, self.SUFFIX)        # why here: what cannot work fails before training
+        self.text_encoder.check_names(n_context, self.SUFFIX)        # why here: what cannot work fails before training
         width = clip_model.token_embedding.weight.shape[1]
         self.local_prompts = nn.Parameter(torch.empty(n_local, n_context, width).normal_(std=0.02))   # (L, M, W)
         self.to(clip_model.logit_scale.device)
@@ -56,22 +57,27 @@ class PLOT(Method):
         """[SOS], context, class name, full stop, [EOT] for each prompt and class -> unit (C, L, D)."""
         return self.encode(self.local_prompts, self.SUFFIX)
 
-    def forward(self, images, drawn=None, texts=None):
-        """Images (B, 3, R, R), or what `clip.encode_patches` made of them -> a tuple of the logits (B, C)."""
-        _, patches = self.tokens(images)                                           # (B, P, W)
-        text = self.encode_prompts() if texts is None else texts                   # (C, L, D)
-        return logits(project(patches, self.clip.visual.proj), text, self.scale, self.epsilon, self.n_iters),
+    def forward(self, features, drawn=None, text_features=None):
+        """Pictures or their features -> a tuple of the logits (B, C)."""
+        _, patches = self.features(features)                                       # (B, P, W)
+        text = self.encode_prompts() if text_features is None else text_features                   # (C, L, D)
+        patches = project(patches, self.clip.visual.proj)                          # (B, P, D)
+        return (logits(patches, text, self.scale, self.epsilon, self.n_iters),)
 
     def loss(self, outputs, labels, n_batch):
         """These images' part of the cross-entropy of a batch of n_batch images; it is the only term."""
         loss = coop.objective(outputs[0], labels, n_batch)
         return loss, {"local": loss.detach()}
 
+    def logits(self, outputs):
+        """The only score: (B, C)."""
+        return outputs[0]
+
     def scores(self, outputs):
         """{"local": (B, C)}."""
         return {"local": outputs[0]}
 
-    def cosines(self, images, texts):
+    def cosines(self, features, text_features):
         """No cosines of whole images; raw cosines of patches with each class, averaged over prompts, (B, P, C)."""
-        _, patches = self.tokens(images)
-        return None, mean_cosines(project(patches, self.clip.visual.proj), texts)
+        _, patches = self.features(features)
+        return None, mean_cosines(project(patches, self.clip.visual.proj), text_features)

@@ -22,8 +22,11 @@ import torch
 from torch import nn
 
 from methods import coop
-from sinkhorn import in_float32, sinkhorn
-from sotglp import TEMPLATE, Method, gather_shares, unit
+from clip.precision import in_float32
+from sinkhorn import sinkhorn
+from clip.precision import unit
+from clip.prompts import TEMPLATE, gather_shares
+from sotglp import Method
 
 LARGEST_EXACT = 8           # images, of which there are 40,320 permutations
 
@@ -93,11 +96,11 @@ class PromptOT(Method):
     # differs: the published warm-up is one epoch at a constant 1e-4, here linear, as for every method.
     DEFAULTS = {"lr": 0.005, "epochs": 40, "warmup_epochs": 1, "batch_size": 4, "weight_decay": 5e-4}
     SUFFIX = coop.CoOp.SUFFIX
-    stream = None           # prompts stand among the patches, so the image tower is no longer CLIP's own
+    frozen_tower = False    # prompts stand among the patches, so the image tower is no longer CLIP's own
 
     def __init__(self, clip_model, class_names, lambda_transport=10.0, modality="joint", plan="exact", epsilon=0.1,
-                 n_iters=200, depth=12, **texts):
-        super().__init__(clip_model, class_names, **texts)
+                 n_iters=200, depth=12, **text_options):
+        super().__init__(clip_model, class_names, **text_options)
         for option, value, known in (("modality", modality, ("joint", "image", "text")),
                                      ("plan", plan, ("exact", "sinkhorn"))):
             if value not in known:
@@ -105,7 +108,7 @@ class PromptOT(Method):
         self.lambda_transport = lambda_transport
         self.transport = {"plan": plan, "modality": modality, "epsilon": epsilon, "n_iters": n_iters}
         template = self.word_vectors(TEMPLATE)                                     # (n, W)
-        self.encode.prepare(len(template), self.SUFFIX)    # why here: what cannot work fails before training
+        self.text_encoder.check_names(len(template), self.SUFFIX)    # why here: what cannot work fails before training
         deeper, width = min(depth, len(clip_model.transformer.resblocks)) - 1, clip_model.visual.proj.shape[0]
         image_depth = min(depth, len(clip_model.visual.transformer.resblocks))
         # one parameter for all blocks: the first row of the text prompts stands before the class name
@@ -126,14 +129,14 @@ class PromptOT(Method):
             self.frozen_text = self.encode(self.word_vectors(TEMPLATE)[None], self.SUFFIX)[:, 0]
         return unit(self.clip.encode_image(images)), self.frozen_text
 
-    def forward(self, images, drawn=None, texts=None):
-        """Images (B, 3, R, R) -> logits (B, C); in training also what `transport_loss` compares."""
-        image = unit(self.clip.encode_image(images, self.image_prompts))           # (B, D)
-        text = self.encode_prompts() if texts is None else texts                   # (C, D)
+    def forward(self, features, drawn=None, text_features=None):
+        """Pictures (B, 3, R, R) -> logits (B, C); in training also what `transport_loss` compares."""
+        image = unit(self.clip.encode_image(features, self.image_prompts))         # (B, D)
+        text = self.encode_prompts() if text_features is None else text_features                   # (C, D)
         logits = coop.logits(image, text, self.scale)
         if not (self.training and self.lambda_transport):
-            return logits,
-        return logits, image, text, *self.teacher(images)
+            return (logits,)
+        return logits, image, text, *self.teacher(features)
 
     def loss(self, outputs, labels, n_batch):
         """These images' part of the cross-entropy of a batch + lambda_transport times its transport loss."""
@@ -141,14 +144,19 @@ class PromptOT(Method):
         loss = coop.objective(logits, labels, n_batch)
         terms = {"global": loss.detach()}
         if features:
-            transport = transport_loss(*features, labels, n_batch=n_batch, ranks=self.encode.ranks, **self.transport)
+            transport = transport_loss(*features, labels, n_batch=n_batch, ranks=self.text_encoder.ranks, **self.transport)
             loss, terms["transport"] = loss + self.lambda_transport * transport, transport.detach()
         return loss, terms
+
+    def logits(self, outputs):
+        """The only score: (B, C)."""
+        return outputs[0]
 
     def scores(self, outputs):
         """{"global": (B, C)}."""
         return {"global": outputs[0]}
 
-    def cosines(self, images, texts):
+    def cosines(self, features, text_features):
         """Raw cosines of images with each class, (B, C); no patches."""
-        return coop.logits(unit(self.clip.encode_image(images, self.image_prompts)), texts, 1.0), None
+        image = unit(self.clip.encode_image(features, self.image_prompts))         # (B, D)
+        return coop.logits(image, text_features, 1.0), None

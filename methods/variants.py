@@ -10,8 +10,8 @@ class IndependentTopK(SOTGLP):
     n_support: how many. What log.jsonl says of a plan is of the one that is not used.
     """
 
-    def __init__(self, clip_model, class_names, n_support=10, **texts):
-        super().__init__(clip_model, class_names, n_support=n_support, **texts)
+    def __init__(self, clip_model, class_names, n_support=10, **text_options):
+        super().__init__(clip_model, class_names, n_support=n_support, **text_options)
 
     def local(self, patches, text):
         """Mean over the prompts of the mean over each one's K patches: (B, P, D), (C, L, D) -> logits (B, C)."""
@@ -21,5 +21,5 @@ class IndependentTopK(SOTGLP):
 class DenseTransport(SOTGLP):
     """All patches are transported, as in PLOT: K = P."""
 
-    def __init__(self, clip_model, class_names, **texts):
-        super().__init__(clip_model, class_names, n_support=len(clip_model.visual.positional_embedding) - 1, **texts)
+    def __init__(self, clip_model, class_names, **text_options):
+        super().__init__(clip_model, class_names, n_support=len(clip_model.visual.positional_embedding) - 1, **text_options)

@@ -47,63 +47,7 @@ BY_HAND = {
               "Google Drive, where CoOp's authors put them"}
 
 
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".jp2", ".avif")
-
-
 # ---- which files ---------------------------------------------------------------------------------------------
-
-def walk(top):
-    """All files below a folder, in a fixed order -> paths of pictures, paths of other files.
-
-    What is hidden is skipped: names that begin with a dot, and __MACOSX, which macOS adds to archives. Links are
-    followed, but not to a folder above themselves. Raises OSError for a folder that cannot be read.
-    """
-    def fail(error):
-        raise error
-
-    pictures, others = [], []
-    for here, folders, files in os.walk(top, onerror=fail, followlinks=True):
-        folders[:] = sorted(name for name in folders if _visible(name) and not _leads_up(os.path.join(here, name)))
-        for name in sorted(filter(_visible, files)):
-            (pictures if name.lower().endswith(SUFFIXES) else others).append(os.path.join(here, name))
-    return pictures, others
-
-
-def _visible(name):
-    return not name.startswith(".") and name != "__MACOSX"
-
-
-def _leads_up(folder):
-    """Whether a folder is a link to one above it, in which it would be found again, without an end."""
-    here, there = os.path.realpath(os.path.dirname(folder)), os.path.realpath(folder)
-    return os.path.islink(folder) and os.path.commonpath([here, there]) == there
-
-
-def class_folders(folder):
-    """{class folder: paths of its pictures, at any depth}, all sorted.
-
-    No file is looked at: ImageNet has 1.3 million. Raises FileNotFoundError for a class without a picture.
-    """
-    with os.scandir(folder) as entries:
-        classes = sorted(entry.name for entry in entries if entry.is_dir() and _visible(entry.name))
-    if not classes:
-        pictures, _ = walk(folder)
-        if pictures:
-            raise ValueError(f"{folder} is flat: {len(pictures)} pictures and no class folder; move each into "
-                             f"{folder}/<class>/ (for ImageNet's validation pictures its development kit has the "
-                             "classes; for your own, is the folder one level too low?)")
-        raise FileNotFoundError(f"there is no class folder in {folder}")
-    found = {name: walk(f"{folder}/{name}") for name in classes}
-    for name, (pictures, others) in found.items():
-        if not pictures:
-            raise FileNotFoundError(f"there is no picture in {folder}/{name}" + f" ({kinds(others)})" * bool(others))
-    return {name: pictures for name, (pictures, _) in found.items()}
-
-
-def kinds(paths):
-    """What kinds of files these are, as text: "8 .heic, 1 .txt"."""
-    counts = collections.Counter(os.path.splitext(path)[1].lower() or "without a suffix" for path in paths)
-    return ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
 
 
 # ---- where ---------------------------------------------------------------------------------------------------

@@ -73,12 +73,12 @@ class Known(nn.Module):
 def counts():
     images = torch.arange(7.0)[:, None, None, None].expand(7, 3, 2, 2)
     labels = torch.tensor([label for label, _, _ in LOGITS])
-    return evaluate.count_right(Known(), zip(images.split(4), labels.split(4)), torch.eye(4))
+    return evaluate.count_correct(Known(), zip(images.split(4), labels.split(4)), torch.eye(4))
 
 
 def test_right_images_are_counted_by_their_true_class(counts):
-    assert [right.tolist() for right in counts.right.values()] == CORRECT and counts.seen.tolist() == SEEN
-    assert [*counts.right] == ["fused", "global", "local", "zero_shot"]
+    assert [right.tolist() for right in counts.n_correct.values()] == CORRECT and counts.n_images.tolist() == SEEN
+    assert [*counts.n_correct] == ["fused", "global", "local", "zero_shot"]
 
 
 def test_percentages_are_of_all_images(counts):
@@ -331,7 +331,7 @@ def test_zero_shot_takes_the_model_that_is_named(monkeypatch):
 
 def test_zero_shot_text_is_unit_and_in_the_order_of_the_classes():
     names = ["deep_red" if i % 3 == 0 else ("green", "blue")[i % 3 - 1] for i in range(300)]    # more than one chunk
-    text = evaluate.zero_shot_text(Painter(), names, "a centered satellite photo of {}.")
+    text = template_features(Painter(), names, "a centered satellite photo of {}.")
     assert torch.equal(text, torch.eye(3).repeat(100, 1))
 
 
@@ -449,7 +449,7 @@ PRINTED = {
 
 
 def test_the_papers_numbers_are_the_papers():
-    found = evaluate.paper_numbers()
+    found = tables.paper_numbers()
     for dataset, row in PRINTED.items():
         keys = [(dataset, 16, method) for method in ("CLIP", "CoOp (Table 1)", "GalLoP (Table 1)", "SOT-GLP")]
         keys += [(dataset, shots, method) for method in ("CoOp", "GalLoP", "SOT-GLP") for shots in (1, 8)]
@@ -459,7 +459,7 @@ def test_the_papers_numbers_are_the_papers():
 def test_papers_numbers_average_to_the_papers_averages():
     # the averages printed in the paper: Table 1 (where CLIP's, 75.7, is a misprint: its column averages 64.8), Table 4
     means = {}
-    for (_, shots, method), (value,) in evaluate.paper_numbers().items():
+    for (_, shots, method), (value,) in tables.paper_numbers().items():
         means.setdefault((method, shots), []).append(value)
     means = {key: sum(values) / 11 for key, values in means.items() if len(values) == 11}
     printed = {("CLIP", 16): 64.8, ("CoOp (Table 1)", 16): 79.9, ("GalLoP (Table 1)", 16): 84.4}

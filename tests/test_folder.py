@@ -102,7 +102,7 @@ def test_every_layout_has_its_parts(parts, counts, tmp_path):
     train, val, test, class_names = data.load("folder", tmp_path, 0, 1)
     assert (len(train), len(val), len(test)) == counts and class_names == ["cat", "dog"]
     assert all(path.startswith(f"{tmp_path}/{parts[-1]}") for path, *_ in test)
-    assert ("no folder test/: val/ is the test" in data.remarks(str(tmp_path))) == (parts == ("train", "val"))
+    assert ("no folder test/: val/ is the test" in folders.remarks(str(tmp_path))) == (parts == ("train", "val"))
 
 
 @pytest.mark.parametrize("count, share, test", [
@@ -110,7 +110,7 @@ def test_every_layout_has_its_parts(parts, counts, tmp_path):
     (5, 0.1, 1), (2, 0.1, 1), (4, 0.99, 3)])                       # at least one, never all
 def test_the_share_that_is_held_out_by_hand(count, share, test):
     items = [(f"{label}/{i}", label, "ab"[label]) for label in (0, 1) for i in range(count)]
-    parts = data.hold_out(items, 1, share)
+    parts = folders.hold_out(items, 1, share)
     assert [len(part) for part in parts] == [2 * (count - test), 0, 2 * test] and {*parts[0], *parts[2]} == {*items}
 
 
@@ -154,19 +154,19 @@ def test_validation_takes_what_training_left_where_there_is_no_other_part(tmp_pa
 
 def test_nothing_is_left_out_without_a_word(tmp_path):
     folder_tree(tmp_path, ["Ä b", "cat"], 2)
-    assert data.remarks(str(tmp_path)) == []
+    assert folders.remarks(str(tmp_path)) == []
     for name in ("cat/2021/deep/1.jpg", "loose.jpg", ".hidden/1.jpg", "__MACOSX/1.jpg", "cat/__MACOSX/1.jpg"):
         picture(tmp_path / name)
     for name in ("cat/1.heic", "cat/2.HEIC", "cat/notes", "cat/.DS_Store", "classnames.txt"):
         (tmp_path / name).write_text("Ä\ncat\n")
-    assert len(files.class_folders(tmp_path)["cat"]) == 3         # the one in a folder below it counts
-    assert data.remarks(str(tmp_path)) == [
+    assert len(folders.class_folders(tmp_path)["cat"]) == 3         # the one in a folder below it counts
+    assert folders.remarks(str(tmp_path)) == [
         f"left out: 2 .heic, 1 without a suffix, not read as pictures, first {tmp_path}/cat/1.heic",
         f"left out: 1 .jpg, outside of the class folders, first {tmp_path}/loose.jpg"]
     (tmp_path / "new").mkdir()
     (tmp_path / "new/1.heic").touch()
     with pytest.raises(FileNotFoundError, match=r"there is no picture in .*/new \(1 .heic\)"):
-        files.class_folders(tmp_path)
+        folders.class_folders(tmp_path)
 
 
 def test_every_picture_that_cannot_be_read_is_named(tmp_path):
@@ -200,7 +200,7 @@ def test_a_warning_names_its_picture_once(tmp_path, monkeypatch, capsys):
 def read(tmp_path, image, name="a.png", **options):
     """A PIL image, written and read as one's own -> pixels (h, w, 3)."""
     image.save(tmp_path / name, **options)
-    image = data.read_image(str(tmp_path / name), own=True)
+    image = data.read_image(str(tmp_path / name), as_people_see=True)
     assert image.mode == "RGB"
     return np.asarray(image)
 
@@ -242,14 +242,14 @@ def test_a_link_to_a_folder_above_is_not_followed(tmp_path):
     picture(tmp_path / "dog/1.png")
     (tmp_path / "cat/up").symlink_to(tmp_path)
     (tmp_path / "cat/dogs").symlink_to(tmp_path / "dog")             # one to a folder beside it is
-    assert files.class_folders(tmp_path)["cat"] == [f"{tmp_path}/cat/1.png", f"{tmp_path}/cat/dogs/1.png"]
+    assert folders.class_folders(tmp_path)["cat"] == [f"{tmp_path}/cat/1.png", f"{tmp_path}/cat/dogs/1.png"]
 
 
 def test_a_file_of_names_must_be_utf8_and_name_each_folder_once(tmp_path):
     path = tmp_path / "classnames.txt"
     path.write_text("a cat\n", encoding="utf-16")
     with pytest.raises(ValueError, match=f"{path} is no text in UTF-8: save it as such"):
-        data.read_names(path)
+        folders.read_names(path)
     path.write_text("a cat\nb dog\na bird\n")
     with pytest.raises(ValueError, match=f"{path} has two lines for 'a'"):
-        data.read_names(path)
+        folders.read_names(path)

@@ -124,7 +124,7 @@ class Masked(nn.Module):
 
 def test_an_archive_has_the_state_dict_that_torch_reads_in_it(tmp_path):
     path = save_archive(Masked(), tmp_path / "masked.pt")
-    ours, theirs = loader.read_state_dict(path), jit_load(path).state_dict()
+    ours, theirs = weights.read_state_dict(path), jit_load(path).state_dict()
     assert list(ours) == list(theirs) and "mask" not in ours
     assert all(torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in ours)
 
@@ -221,7 +221,7 @@ def test_a_storage_that_is_named_again_is_read_once(tmp_path):
         def forward(self, x):
             return x + self.one.sum() + self.two.sum()
 
-    state = loader.read_state_dict(save_archive(Twice(), tmp_path / "twice.pt"))
+    state = weights.read_state_dict(save_archive(Twice(), tmp_path / "twice.pt"))
     assert state["one"].untyped_storage().data_ptr() == state["two"].untyped_storage().data_ptr()
     assert torch.equal(state["two"], state["one"][2:])
 
@@ -248,7 +248,7 @@ def test_a_pickle_cannot_change_the_reader(state, tmp_path):
         archive.writestr("a/data.pkl", pickled(state))
         archive.writestr("a/constants.pkl", b"")
     def known():
-        return [(value, getattr(value, "__doc__", None)) for value in loader.ArchiveReader.known.values()]
+        return [(value, getattr(value, "__doc__", None)) for value in weights.ArchiveReader.known.values()]
 
     before = known()
     refuse(tmp_path / "a.pt")

@@ -42,7 +42,7 @@ def test_coop_by_hand():
 
 
 def test_coop_with_the_words_of_the_template_is_zero_shot_clip(clip_model):
-    text = evaluate.zero_shot_text(clip_model, NAMES, "a photo of a {}.")
+    text = template_features(clip_model, NAMES, "a photo of a {}.")
     model = coop.CoOp(clip_model, NAMES, words="a photo of a").eval()
     torch.testing.assert_close(model.encode_prompts(), text, atol=1e-6, rtol=1e-5)
     batch = images()
@@ -393,7 +393,7 @@ def test_a_method_resumes_bit_for_bit(method_run, tmp_path, monkeypatch):
 def test_a_methods_rows_of_ood_are_those_that_it_has(method_run):
     name, folder, _ = method_run
     model = evaluate.load_run(folder)
-    text = evaluate.zero_shot_text(model.clip, model.class_names, ood.TEMPLATE)
+    text = template_features(model.clip, model.class_names, ood.TEMPLATE)
     with torch.no_grad():
         rows, _ = ood.confidences(model.clip, images(), text, model, model.encode_prompts())
     own = {row for row in rows if not row.startswith("zero_shot")}

@@ -170,7 +170,7 @@ def test_texts_behind_a_shared_prefix_are_those_that_begin_with_it(any_clip):
     both = torch.randn(6 + 24, width).double()           # 2 x 3 tokens of prefixes, 3 x 2 x 4 of texts
 
     def apart(both):
-        return any_clip.encode_behind(both[:6].view(2, 3, width), both[6:].view(3, 2, 4, width), eot)
+        return any_clip.encode_with_prefix(both[:6].view(2, 3, width), both[6:].view(3, 2, 4, width), eot)
 
     def together(both):
         prefix = both[:6].view(1, 2, 3, width).expand(3, -1, -1, -1)
@@ -326,7 +326,7 @@ def test_wrong_weights_are_named(change, complaint):
 
 def test_weights_that_take_too_much_are_refused(monkeypatch):
     # one storage under 60 names: 60 times its bytes once it is a model
-    monkeypatch.setattr("clip.model.LIMIT", 59 * 400)
+    monkeypatch.setattr("clip.weights.LIMIT", 59 * 400)
     with pytest.raises(ValueError, match="these weights take 24000 bytes, more than 23600"):
         build_model(dict.fromkeys(map(str, range(60)), torch.zeros(100)))
 

@@ -35,11 +35,11 @@ def table(path):
 def test_probabilities_by_hand():
     # softmax of (log 1, log 2, log 5) is (1/8, 2/8, 5/8), of (log 3, log 1, log 4) it is (3/8, 1/8, 4/8)
     fused, other = torch.tensor([[1., 2., 5.], [4., 3., 1.]]).log(), torch.tensor([[3., 1., 4.], [3., 1., 4.]]).log()
-    (top, by_score), (second, _) = evaluate.likeliest({"fused": fused, "global": other}, top=2)
+    (top, by_score), (second, _) = predict.likeliest({"fused": fused, "global": other}, top=2)
     assert [label for label, _ in top] == [2, 1] and [p for _, p in top] == pytest.approx([5 / 8, 2 / 8])
     assert by_score == pytest.approx({"fused": 5 / 8, "global": 4 / 8})              # both of class 2
     assert [label for label, _ in second] == [0, 1]
-    (top, by_score), _ = evaluate.likeliest({"only": fused})                          # a method with a single score
+    (top, by_score), _ = predict.likeliest({"only": fused})                          # a method with a single score
     assert len(top) == 3 and [*by_score] == ["only"]
 
 
@@ -136,7 +136,7 @@ def test_texts_are_encoded_once_for_all_pictures(trained, pictures, monkeypatch)
     model, calls = evaluate.load_run(trained), []
     encode = type(model).encode_prompts
     monkeypatch.setattr(type(model), "encode_prompts", lambda self: calls.append(1) or encode(self))
-    evaluate.name_files(model, [pictures / "test"])
+    predict.name_files(model, [pictures / "test"])
     assert calls == [1]
 
 

@@ -261,9 +261,9 @@ def test_base_to_new_tests_the_same_prompts_on_the_other_classes(base_run, tmp_p
 
 def test_base_to_new_by_hand():
     # means 70 and 70, so 70; the runs' own are 2 * 60 * 80 / 140 = 68.57 and the same again
-    assert evaluate.base_new_cells([(60, 80), (80, 60)]) == {
+    assert tables.base_new_cells([(60, 80), (80, 60)]) == {
         "base": "70.00 +- 14.14", "new": "70.00 +- 14.14", "harmonic mean": "70.00 +- 0.00"}
-    assert evaluate.base_new_cells([(60, 80)]) == {"base": "60.00", "new": "80.00", "harmonic mean": "68.57"}
+    assert tables.base_new_cells([(60, 80)]) == {"base": "60.00", "new": "80.00", "harmonic mean": "68.57"}
 
 
 def test_a_run_is_tested_on_another_data_set(base_run, pictures, tmp_path, capsys):

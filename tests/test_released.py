@@ -101,7 +101,7 @@ def test_alias_is_a_stream_of_its_own(options, stream, clip_model):
 @pytest.mark.parametrize("keep, name", [(False, "annual crop"), (True, "annual_crop")])
 def test_underscores_become_spaces_unless_they_are_kept(keep, name, clip_model):
     model = SOTGLP(clip_model, NAMES, keep_underscores=keep)
-    assert torch.equal(model.encode.prepare(4)[0], tokenize_names([name, "sea", "wood"], 4, 77)[0])
+    assert torch.equal(model.text_encoder.prepare(4)[0], tokenize_names([name, "sea", "wood"], 4, 77)[0])
     assert model.class_names == NAMES
     assert clip.tokenize("annual_crop")[0].argmax() == clip.tokenize("annual crop")[0].argmax() + 1
 

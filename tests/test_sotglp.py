@@ -95,7 +95,7 @@ def test_text_is_sos_prompt_name_eot(model, monkeypatch):
     assert texts.shape == (3, 4, 9, 128)
     assert seen["eot"].view(3, 4).tolist() == [[6] * 4, [6] * 4, [8] * 4]
     sos, annual, crop, land, eot = clip.tokenize("annual crop land")[0, :5].tolist()
-    for prompt in range(4):                              # local ones; the global ones go through encode_behind
+    for prompt in range(4):                              # local ones; the global ones go through encode_with_prefix
         expected = torch.cat([table[[sos]], model.local_prompts[2, prompt], table[[annual, crop, land, eot]]])
         assert torch.equal(texts[2, prompt], expected)
 
@@ -166,7 +166,7 @@ def test_shared_local_prompts_serve_every_class(clip_model):
 
 def count_texts(clip_model, monkeypatch):
     """A list that gets the number of texts of every pass through the text tower from now on."""
-    passes, own, behind = [], clip_model.encode_embeddings, clip_model.encode_behind
+    passes, own, behind = [], clip_model.encode_embeddings, clip_model.encode_with_prefix
 
     def counted(embeddings, eot):
         passes.append(len(embeddings))
@@ -176,7 +176,7 @@ def count_texts(clip_model, monkeypatch):
         passes.append(len(texts) * len(prefix))
         return behind(prefix, texts, eot)
     monkeypatch.setattr(clip_model, "encode_embeddings", counted)
-    monkeypatch.setattr(clip_model, "encode_behind", counted_behind)
+    monkeypatch.setattr(clip_model, "encode_with_prefix", counted_behind)
     return passes
 
 
@@ -669,7 +669,7 @@ def test_cosines_are_averaged_over_the_prompts(model):
 
 def test_texts_at_hand_serve_in_place_of_prompts(model):
     images = torch.randn(2, 3, 32, 32)
-    first, second = model.eval()(images), model(images, texts=[-text for text in model.encode_prompts()])
+    first, second = model.eval()(images), model(images, text_features=[-text for text in model.encode_prompts()])
     torch.testing.assert_close(second[0], -first[0])
     assert not torch.allclose(second[1], first[1])
 

@@ -108,7 +108,7 @@ def test_the_gpu_that_is_named_is_the_current_one(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     args = script.parse_args(["--device", "cuda:1"])
-    assert script.start_processes(args) == (0, 1, torch.device("cuda:1")) and chosen == [torch.device("cuda:1")]
+    assert machine.start_processes(args) == (0, 1, torch.device("cuda:1")) and chosen == [torch.device("cuda:1")]
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
@@ -491,9 +491,9 @@ def test_the_least_that_can_work_works(options, tmp_path, option, value):
 
 def test_fewer_images_than_processes_are_refused():
     args = script.parse_args(["--batch-size", "3", "--device", "cpu"])
-    script.check_args(args, 3)
+    options_of_train.check_args(args, 3)
     with pytest.raises(ValueError, match="--batch-size 3 leaves some of the 4 processes without images"):
-        script.check_args(args, 4)
+        options_of_train.check_args(args, 4)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(options, tmp_path):

@@ -105,7 +105,7 @@ def test_support_and_plan_give_the_local_score(model):
     torch.manual_seed(1)
     images, (global_text, local_text) = torch.randn(1, 3, 32, 32), model.encode_prompts()
     with torch.no_grad():
-        outputs = model(images, texts=(global_text, local_text))
+        outputs = model(images, text_features=(global_text, local_text))
     for label in (0, 1):
         seen = visualize.look(model, images, (global_text, local_text), label)
         kept = seen.similarity[seen.support]
@@ -176,7 +176,7 @@ def test_each_method_shows_its_own_prompts_and_its_own_plan_or_none(method, towe
         texts = model.encode_prompts()
         seen = visualize.look(model, image, texts, 1)
         _, mean = model.cosines(image, texts)
-        scores = model.scores(model(image, texts=texts))
+        scores = model.scores(model(image, text_features=texts))
     torch.testing.assert_close(seen.similarity.mean(dim=1), mean[0, :, 1])
     assert seen.similarity.shape == (16, 1 if method == "locoop" else 4)
     if method not in ("plot", "dense"):

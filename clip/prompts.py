@@ -1,0 +1,180 @@
+"""Learned prompts in front of class names, encoded by the frozen text tower: Eq. 1 of SOT-GLP.
+
+`encode_own` is Eq. 1 as it stands in the paper. `encode_shared` gives the same for prompts that all classes
+share, with less work. What serves many classes (chunks) and many processes (shares) stands below the two.
+
+Letters:  C classes, c of them at once   N prompts of any kind   M tokens per prompt   S tokens of a class name
+          D joint embedding width   W width of the text tower
+"""
+
+from functools import partial
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .precision import unit
+from .tokenizer import SOS, tokenize
+
+TEMPLATE = "a photo of a"  # Sec. 3.1: tau_init; it also fixes M = 4
+
+
+class ClassTexts:
+    """The texts of all classes: calling it with prompts gives their features.  Eq. 1
+
+    clip_model: a `clip.CLIP`; class_names: C strings, in the order of their labels. text_chunk: classes that
+    go through the text tower at once; checkpoint_text: compute the activations again in the backward pass
+    instead of keeping them; ranks: (rank, world) of the processes that share the work. keep_underscores: they
+    become spaces otherwise.
+    """
+
+    def __init__(self, clip_model, class_names, text_chunk=200, checkpoint_text=False, ranks=(0, 1)):
+        self.clip = clip_model
+        self.class_names = class_names
+        self.ranks = ranks
+        self.text_chunk = text_chunk
+        self.checkpoint_text = checkpoint_text
+        self.tokenized = {}
+
+    def __call__(self, prompts, suffix="", deep=None):
+        """[SOS], prompt, class name, suffix, [EOT] for each prompt and class -> unit (C, N, D).  Eq. 1
+
+        prompts: (N, M, W) for all classes, or (C, N, M, W); deep (J-1, M, W): what replaces them in deeper
+        blocks. With several ranks each process encodes its share of the classes and receives the other
+        shares, so all processes must call this together.
+        """
+        tokens, eot, chunks, order = self.prepare(prompts.shape[-2], suffix)
+        shared = prompts.dim() == 3 and deep is None
+        if shared:
+            encode = self.encode_shared
+        else:
+            encode = partial(self.encode_own, deep=deep)
+            prompts = prompts.expand(len(self.class_names), -1, -1, -1)            # (C, N, M, W)
+        if self.checkpoint_text:
+            encode = partial(checkpoint, encode, use_reentrant=False)
+
+        features = []
+        for classes, longest in chunks:
+            chunk_prompts = prompts if shared else prompts[classes]
+            features.append(encode(chunk_prompts, tokens[classes, :longest], eot[classes]))
+        features = torch.cat(features)                                          # (c, N, D), this rank's share
+
+        if self.ranks[1] > 1:
+            features = gather_shares(features, len(self.class_names), *self.ranks) # (C, N, D), still sorted by length
+        return features[order.argsort()]
+
+    def encode_own(self, prompts, tokens, eot, deep=None):
+        """Prompts (c, N, M, W) and [SOS] name [EOT] (c, S) of some classes -> unit text features (c, N, D).  Eq. 1"""
+        N, M = prompts.shape[1:3]
+        names = self.clip.token_embedding(tokens)[:, None].expand(-1, N, -1, -1)   # (c, N, S, W)
+
+        # Eq. 1: [SOS]; prompt; class name; [EOT].
+        # why nothing after the longest name of a chunk: the mask is causal, so it could not reach any [EOT]
+        embeddings = torch.cat([names[:, :, :1], prompts, names[:, :, 1:]], dim=2) # (c, N, M+S, W)
+
+        places = (eot + M).repeat_interleave(N)                                    # (cN,), of [EOT]
+        features = self.clip.encode_embeddings(embeddings.flatten(0, 1), places, deep)
+        return unit(features).unflatten(0, (-1, N))
+
+    def encode_shared(self, prompts, tokens, eot):
+        """Prompts (N, M, W) of all classes, [SOS] name [EOT] (c, S) of some -> unit text features (c, N, D).  Eq. 1"""
+        N = len(prompts)
+        sos = self.clip.token_embedding(tokens.new_tensor(SOS))                    # (W,)
+        prefix = torch.cat([sos.expand(N, 1, -1), prompts], dim=1)                 # (N, 1+M, W)
+        names = self.clip.token_embedding(tokens[:, None, 1:]).expand(-1, N, -1, -1)   # (c, N, S-1, W)
+        return unit(self.clip.encode_with_prefix(prefix, names, eot - 1))
+
+    def prepare(self, n_context, suffix=""):
+        """Tokenises the class names once -> tokens (C, S), places of [EOT] (C,), this process's chunks, order (C,).
+
+        A chunk: (class numbers, tokens of the longest name). order: all class numbers, those of short names
+        first. Raises ValueError for a name that does not fit into the context with a prompt of n_context
+        tokens.
+        """
+        if (n_context, suffix) not in self.tokenized:
+            self.tokenized[n_context, suffix] = self._prepare(n_context, suffix)
+        return self.tokenized[n_context, suffix]
+
+    def _prepare(self, n_context, suffix):
+        device = self.clip.logit_scale.device
+        rank, world = self.ranks
+        tokens, eot = tokenize_names(self.class_names, n_context, self.clip.context_length, suffix)
+        order = eot.argsort(stable=True)
+
+        # why: every world-th of the sorted names, so that the processes have equal work; chunks, to bound
+        # memory
+        share = order[rank::world]
+        chunks = []
+        for classes in share.tensor_split(chunk_boundaries(eot[share].tolist(), self.text_chunk)):
+            longest = max(eot[classes].tolist(), default=1) + 1
+            chunks.append((classes.to(device), longest))
+        return tokens.to(device), eot.to(device), chunks, order.to(device)
+
+    def check_names(self, n_context, suffix=""):
+        """Raises ValueError for a class name that does not fit behind a prompt of n_context tokens."""
+        self.prepare(n_context, suffix)
+
+    def different_names(self):
+        """How many different texts the class names are to this CLIP. Words that it never saw may have equal vectors."""
+        tokens, *_ = self.prepare(0)
+        return len(self.clip.token_embedding(tokens).flatten(1).unique(dim=0))
+
+
+def tokenize_names(class_names, n_context, context_length, suffix=""):
+    """[SOS] name suffix [EOT] of every class, cut after the longest: tokens (C, S), places of [EOT] (C,).
+
+    Raises ValueError for a name that leaves no room for n_context prompt tokens.
+    """
+    names = [name + suffix for name in class_names]
+    tokens = torch.stack([tokenize(name, context_length, truncate=True)[0] for name in names])
+    eot = tokens.argmax(dim=-1)                                                    # [EOT] has the largest id
+    for name, end in zip(names, eot.tolist()):
+        if end + n_context >= context_length:
+            raise ValueError(f"class name {name!r} is too long: [SOS], {n_context} prompt tokens, the name and [EOT] "
+                             f"must fit into {context_length} tokens")
+    return tokens[:, : int(eot.max()) + 1], eot
+
+
+# ---- many classes ------------------------------------------------------------------------------------------
+
+def chunk_boundaries(lengths, most):
+    """Where a sorted list of lengths is cut into chunks: at `most` items at the latest, and where lengths grow.
+
+    why where they grow: a chunk is as long as its longest name, so it should hold no other lengths. why not
+    always: a chunk of few classes keeps a GPU waiting for its next command.
+    """
+    boundaries = []
+    start = 0
+    for i in range(1, len(lengths)):
+        if i - start == most or (lengths[i] > lengths[i - 1] and i - start >= most // 8):
+            boundaries.append(i)
+            start = i
+    return boundaries
+
+
+# ---- many processes ----------------------------------------------------------------------------------------
+
+def gather_shares(share, n, rank, world):
+    """Joins rows of all processes: share (c, ...) holds the rows rank, rank + world, ... of n -> (n, ...)."""
+    # why: all_gather needs equal shapes; padding also keeps autograd connected on a process without rows
+    missing = -(-n // world) - len(share)
+    share = F.pad(share, (0, 0) * (share.dim() - 1) + (0, missing))
+    return GatherShares.apply(share, rank, world).flatten(0, 1)[:n]
+
+
+class GatherShares(torch.autograd.Function):
+    """(c, ...) of each process -> (c, world, ...). The loss of every process needs all shares, so gradients add up."""
+
+    @staticmethod
+    def forward(ctx, share, rank, world):
+        ctx.rank = rank
+        shares = [torch.empty_like(share) for _ in range(world)]
+        torch.distributed.all_gather(shares, share.contiguous())
+        return torch.stack(shares, dim=1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        torch.distributed.all_reduce(gradient)
+        return gradient[:, ctx.rank], None, None

@@ -1,0 +1,151 @@
+"""What a trained model says of any pictures: the likeliest classes, on the screen or as a CSV file."""
+
+import functools
+import itertools
+import os
+import sys
+from multiprocessing.pool import ThreadPool
+from typing import NamedTuple
+
+import clip  # before torch: it bounds how long torch's threads wait
+
+import torch
+from PIL import Image
+
+import data
+from harness import machine
+from sources import files
+
+
+class Prediction(NamedTuple):
+    """What a model says of one image."""
+    classes: list      # [(label, probability), ...], the likeliest first
+    by_score: dict     # {score: probability of the likeliest class by this score}
+
+
+def likeliest(logits, scores, top=5):
+    """The likeliest classes of each image, by the score that decides -> a list of Prediction.  Sec. 3.5
+
+    logits (B, C): the score that decides; scores: all of them, {name: (B, C)}.
+    """
+    B, C = logits.shape
+    best = logits.float().softmax(dim=1).topk(min(top, C))                         # (B, top)
+    first = best.indices[:, :1]                                                    # (B, 1)
+    by_score = {name: score.float().softmax(dim=1).gather(1, first)[:, 0].tolist() for name, score in scores.items()}
+
+    found = []
+    for i, (labels, probabilities) in enumerate(zip(best.indices.tolist(), best.values.tolist())):
+        classes = [*zip(labels, probabilities)]
+        found.append(Prediction(classes, {name: values[i] for name, values in by_score.items()}))
+    return found
+
+
+def predict(model, paths, top=5, batch_size=100):
+    """Yields (path, [(class name, probability), ...]), the likeliest class first, for pictures as people see them.
+
+    model: from `evaluate.load_run`. paths: of files, or PIL images; one of them, or any number, read as they come.
+    Raises ValueError that names a picture which cannot be read, when its turn comes.
+    """
+    for path, prediction in predictions(model, paths, top, batch_size):
+        if isinstance(prediction, ValueError):
+            raise prediction
+        yield path, [(model.class_names[label], p) for label, p in prediction.classes]
+
+
+@torch.no_grad()
+def predictions(model, pictures, top=5, batch_size=100, workers=1):
+    """Yields (picture, Prediction), or (picture, ValueError) for one that cannot be read; workers: threads."""
+    device = model.clip.logit_scale.device
+    if isinstance(pictures, (str, os.PathLike, Image.Image)):
+        pictures = [pictures]
+    pictures = iter(pictures)
+    read = functools.partial(read_as_tensor, transform=clip.preprocess(model.clip.visual.resolution))
+    model.eval()
+    text_features = model.encode_prompts()                   # why here: the prompts do not change between images
+
+    with ThreadPool(max(1, workers)) as pool:                # why threads: Pillow decodes outside Python's lock
+        while batch := [*itertools.islice(pictures, batch_size)]:
+            images = pool.map(read, batch)                                         # (3, R, R) each, or ValueError
+            readable = [image for image in images if torch.is_tensor(image)]
+            found = []
+            if readable:
+                outputs = model(torch.stack(readable).to(device), None, text_features)
+                found = likeliest(model.logits(outputs), model.scores(outputs), top)
+
+            found = iter(found)
+            for picture, image in zip(batch, images):
+                yield picture, next(found) if torch.is_tensor(image) else image
+
+
+def read_as_tensor(picture, transform):
+    """A path or a PIL image as a tensor (3, R, R), or as the ValueError that says why it cannot be read."""
+    try:
+        if isinstance(picture, Image.Image):
+            return transform(data.as_seen(picture))
+        return transform(data.read_image(os.fspath(picture), as_people_see=True))
+    except ValueError as error:
+        return error
+
+
+# ---- the script ----------------------------------------------------------------------------------------------
+
+def find(arguments):
+    """Files and folders -> the files, with all pictures below the folders; then one line on each thing left out."""
+    paths = []
+    notes = []
+    for argument in arguments:
+        if not os.path.isdir(argument):
+            paths.append(argument)
+            continue
+        pictures, others = files.walk(argument)
+        paths += pictures
+        if not pictures:
+            notes.append(f"{argument}: no picture in this folder")
+        if others:
+            notes.append(f"{argument}: left out {files.kinds(others)}, not read as pictures, first {others[0]}")
+    return paths, notes
+
+
+def name_files(model, arguments, csv_file=None, batch_size=100, workers=1):
+    """The likeliest classes of each picture, on the screen or as a CSV file; see `find` for the arguments.
+
+    Raises ValueError, when all others are done, where pictures could not be read.
+    """
+    paths, notes = find(arguments)
+    if not paths:
+        raise ValueError("\n".join(["there is no picture to name", *notes]))
+    found = predictions(model, paths, batch_size=batch_size, workers=workers)
+    if csv_file:
+        found = machine.progress(found, "pictures", total=len(paths))
+
+    rows = []
+    faults = []
+    for path, prediction in found:
+        if isinstance(prediction, ValueError):
+            faults.append(prediction)
+            continue
+        rows.append(csv_row(path, prediction, model.class_names))
+        if not csv_file:
+            classes = "   ".join(f"{p:.1%} {model.class_names[label]}" for label, p in prediction.classes)
+            print(f"{path}:  {classes}", flush=True)
+
+    if csv_file and rows:
+        machine.write_csv(csv_file, rows)
+        print(f"wrote {csv_file}: {len(rows)} pictures", flush=True)
+    for line in (*notes, *faults):
+        print(line, file=sys.stderr)
+    if faults:
+        raise ValueError(f"{len(faults)} of {len(paths)} pictures could not be read")
+
+
+def csv_row(path, prediction, class_names, label=None):
+    """A picture's line of the CSV file, {column: value}; with a label also what it shows."""
+    predicted, _ = prediction.classes[0]
+    row = {"path": path}
+    if label is not None:
+        row |= {"label": label, "class": class_names[label]}
+    row |= {"predicted_label": predicted, "predicted": class_names[predicted]}
+    row |= {name: f"{p:.6f}" for name, p in prediction.by_score.items()}
+    for rank, (other, p) in enumerate(prediction.classes, start=1):
+        row |= {f"class_{rank}": class_names[other], f"probability_{rank}": f"{p:.6f}"}
+    return row
