@@ -6,7 +6,6 @@ are and how to get them. A picture is an item `(path, label, class name)` everyw
 
 import itertools
 import json
-import os
 from typing import NamedTuple
 
 from sources import critters, files, folders

@@ -207,7 +207,7 @@ def test_ablations_stand_beside_the_full_method_paired_by_seed(started, tmp_path
     assert rows["SOT-GLP"] == ["40.00", "+-", "0.00", "71.00", "+-", "1.00", "75.00", "+-", "0.00"]
     assert rows["w/o V-V"] == ["40.00", *same, "51.00", "+-", "9.00", "-20.00", "+-", "5.77", "75.00", *same,
                                "-0.3,", "-0.3"]
-    # from weights.json of the full runs: validation 56, 57, 58, so 16, 17, 18 above 40; test 51, 52, 53, 19 below
+    # from machine.json of the full runs: validation 56, 57, 58, so 16, 17, 18 above 40; test 51, 52, 53, 19 below
     assert rows["local branch alone"] == ["57.00", "+-", "1.00", "+17.00", "+-", "0.58", "52.00", "+-", "1.00",
                                           "-19.00", "+-", "0.00"]
     assert {f"weight of the local branch {weight}" for weight in compare.WEIGHTS} <= {*rows}

@@ -11,9 +11,11 @@ from PIL import Image
 from torch import nn
 
 import clip
+from extras import tables
 import evaluate
 from harness import machine, runs
 import sotglp
+from methods.zero_shot import template_features
 import train as train_script
 from conftest import copy, read, train
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import data
-from sources import files
+from sources import folders
 from test_data import picture
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import nn
 
 import clip
+from clip import weights
 from clip import loader
 
 
@@ -198,7 +199,7 @@ def test_truncated_and_damaged_files_are_refused(ending, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("form", ["gzipped", "deflated", "archive"])
 def test_a_file_that_unpacks_to_too_much_is_refused(form, tmp_path, monkeypatch):
-    monkeypatch.setattr(loader, "LIMIT", 100_000)
+    monkeypatch.setattr(weights, "LIMIT", 100_000)
     path = tmp_path / "bomb.pt"
     if form == "gzipped":
         path.write_bytes(gzip.compress(bytes(10**7)))

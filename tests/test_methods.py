@@ -14,6 +14,7 @@ import ood
 from extras import linear_probe as probe_command
 from harness import runs
 import sotglp
+from methods.zero_shot import template_features
 import train as script
 from conftest import PROJECT, read, train
 from methods import METHODS, OPTIONS, constructor_options, coop, gallop, linear_probe, locoop, plot

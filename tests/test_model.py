@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import clip
-from clip.model import CLIP, Block, build_model
+from clip.model import CLIP, Block, forward_dual_last, forward_one
+from clip.weights import build_model
 
 from conftest import own_copy, random_clip
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clip.model import CLIP
 from conftest import PROJECT
-from evaluate import paper_table
+from paper import table as paper_table
 from sinkhorn import sinkhorn
 from sotglp import SOTGLP, local_logits, unit
 

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 import clip
+from sources import folders
+from harness import predict
 import data
 import evaluate
 import ood
@@ -168,7 +170,7 @@ def test_every_part_of_a_run_reads_pictures_as_people_see_them(options, pictures
             own.append(self.own)
 
     monkeypatch.setattr(data, "Pictures", Spy)
-    monkeypatch.setattr(data, "remarks", lambda root: [f"a remark on {root}"])
+    monkeypatch.setattr(folders, "remarks", lambda root: [f"a remark on {root}"])
     train(*options, "--epochs", 1, "--output-dir", tmp_path / "run")                            # training, test
     train(*options, "--epochs", 1, "--cache-features", "--output-dir", tmp_path / "run", "--overwrite")
     ood.main(ood.parse_args([str(tmp_path / "run"), "--device", "cpu", "--ood-root", f"x={tmp_path}/x"]))

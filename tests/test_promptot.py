@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from extras import compare
+from extras import tables
 import data
 import evaluate
 import train as script

@@ -11,8 +11,10 @@ import ood
 from harness import runs
 import train as script
 from conftest import copy, read, train
+from clip.prompts import tokenize_names
 from methods import METHODS, released
-from sotglp import SOTGLP, fuse, local_logits, local_mean_logits, objective, tokenize_names, unit
+from methods.released import local_mean_logits
+from sotglp import SOTGLP, fuse, local_logits, objective, unit
 
 NAMES = ["annual_crop", "sea", "wood"]
 # What the files train_script/scripts/run_*.sh of the authors' repository pass: lr, epochs, batch size, N_l.

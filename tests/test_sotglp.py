@@ -12,8 +12,10 @@ import clip
 from clip.model import CLIP
 from conftest import random_clip
 from sinkhorn import sinkhorn
-from sotglp import (SOTGLP, ClassTexts, draw_prompts, fuse, global_logits, local_logits, objective, project, saliency,
-                    sparse_support, specialisation, tokenize_names, unit)
+from clip.precision import unit
+from clip.prompts import ClassTexts, tokenize_names
+from sotglp import (SOTGLP, draw_prompts, fuse, global_logits, local_logits, objective, project, saliency,
+                    sparse_support, specialisation)
 
 NAMES = ["cat", "dog", "annual_crop land"]
 
@@ -42,9 +44,8 @@ def model(clip_model):
 @pytest.mark.parametrize("function, expected", [
     # Sec. 4: 4 global and 4 local prompts, K = 10. lambda, epsilon, iterations, dropout: PAPER.md, 3, 4 and 6.
     (SOTGLP, dict(n_global=4, n_local=4, n_support=10, epsilon=0.1, n_iters=20, prompt_dropout=0.75,
-                  local_projection=True, vv_attention=True, class_specific=True, plan_gradient=True, local_mean=False,
-                  vv_alias=False, keep_underscores=False)),
-    (ClassTexts, dict(text_chunk=200, checkpoint_text=False, ranks=(0, 1), keep_underscores=False)),
+                  local_projection=True, vv_attention=True, class_specific=True, plan_gradient=True)),
+    (ClassTexts, dict(text_chunk=200, checkpoint_text=False, ranks=(0, 1))),
     (local_logits, dict(n_support=10, epsilon=0.1, n_iters=20, plan_gradient=True)),
     (sinkhorn, dict(a=None, b=None, epsilon=0.1, n_iters=20)),
     (objective, dict(lambda_local=0.25)), (fuse, dict(lambda_local=0.25)),
