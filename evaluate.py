@@ -192,9 +192,11 @@ def evaluate_run(run, checkpoint, device, data_root=None, workers=0, split="test
     name = "-".join(["evaluation", *filter(None, [on or classes])])
     machine.write_json(Path(run) / f"{name}.json", result)
     write_per_class(Path(run) / f"{name}.csv", class_names, counts)
+    print(f"wrote {run}/{name}.json, {name}.csv", flush=True)
     if csv_file:
         machine.write_csv(csv_file, [csv_row(path, prediction, class_names, label)
                                      for (path, label, _), prediction in zip(items, predictions)])
+        print(f"wrote {csv_file}: {len(items)} pictures", flush=True)
     return result
 
 
@@ -250,8 +252,10 @@ def report_zero_shot(args):
     counts = test(ZeroShot(clip_model, class_names, template), items, args.dataset, amp, args.workers,
                   template=args.template)
     accuracy = percentages(counts)["accuracy"]
-    published = data.DATASETS[args.dataset].zero_shot
-    beside = f"; published for ViT-B/16: {published} %" if published else ""
+    row = data.DATASETS[args.dataset]
+    # why: the published value is that of one model with one template on the whole test split
+    comparable = row.zero_shot and name == "ViT-B/16" and template == row.template and len(items) == row.sizes[2]
+    beside = f"; published for ViT-B/16: {row.zero_shot} %" if comparable else ""
     print(f"zero-shot {name} on {args.dataset}: {accuracy:.2f} % of {len(items)} test images{beside}")
 
 

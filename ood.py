@@ -243,7 +243,7 @@ def paper_rows(config, sets):
 
 
 def show(table, paper):
-    """Prints the rows, the paper's below ours, and a warning for each row with a set below chance."""
+    """Prints the rows, the paper's below ours, and a warning for each set with rows below chance."""
     def print_row(label, cells):
         print(f"{label:38s}" + "".join(f"{cell:>{max(15, len(name) + 2)}s}" for name, cell in cells.items()))
 
@@ -252,10 +252,11 @@ def show(table, paper):
         for label, found in ((ROWS[row][2], cells), ("    the paper's Table 3", paper.get(row))):
             if found:
                 print_row(label, {name: "{fpr95:.1f} / {auroc:.1f}".format(**cell) for name, cell in found.items()})
-    for row, cells in table.items():
-        worse = [f"{name} {cell['auroc']:.1f}" for name, cell in cells.items() if cell["auroc"] < 50]
-        if worse:
-            print(f"warning: {ROWS[row][2]}: AUROC below 50 %, worse than chance, on {', '.join(worse)}; "
+    for name in next(iter(table.values())):
+        worse = [f"{ROWS[row][2]} {cells[name]['auroc']:.1f}" for row, cells in table.items()
+                 if cells[name]["auroc"] < 50]
+        if worse and name != "mean":
+            print(f"warning: {name}: AUROC below 50 %, worse than chance: {', '.join(worse)}; "
                   "is the set what it should be? --csv lists its pictures")
 
 
@@ -364,9 +365,11 @@ def main(args):
             "local_weight": args.local_weight, "ood_root": args.ood_root, "precision": machine.precision(args.amp),
             "images": {name: len(items) for name, items in sets.items()},
             "table": table, "paper_table_3": paper, "seconds": round(time.time() - start, 1)})
+        print(f"wrote {args.run}/ood.json")
     if args.csv:
         row = [*table][-1] if model else "zero_shot_gl_mcm"
         machine.write_csv(args.csv, csv_rows(sets, scores, predicted, row, class_names))
+        print(f"wrote {args.csv}: {sum(map(len, sets.values()))} pictures")
 
 
 if __name__ == "__main__":

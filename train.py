@@ -17,9 +17,11 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import clip  # before torch: it bounds how long torch's threads wait
@@ -32,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import evaluate
 from harness import machine, runs
-from harness.options import check_args, configuration, parse_args
+from harness.options import check_args, configuration, parse_args, unusual
 from sources import folders
 
 
@@ -149,23 +151,36 @@ def resume(run):
 
 
 def announce(run):
-    """Prints what is trained on what, the configuration, and a note on a split file that is not the published one."""
+    """Prints what is trained on what, the unusual options, and what is unusual about pictures and class names."""
     args, threads = run.args, torch.get_num_threads()
     print(f"{args.method}, model {args.model}, data {args.dataset}: {len(run.model.class_names)} classes, "
           f"{len(run.train_set)} training and {len(run.test_set)} {args.test_split} images; "
           f"{run.world} process{'es' * (run.world > 1)} on "
           f"{run.device.type}, {threads} thread{'s' * (threads > 1)}{' each' * (run.world > 1)}, "
           f"precision {machine.precision(args.amp)}, writing to {run.folder}")
-    print("  ".join(f"{name}={value}" for name, value in sorted(run.fingerprint["config"].items())))
+    print("options: " + "".join(f"{name}={value}  " for name, value in unusual(args).items())
+          + "all others have their defaults; result.json has them")
     for line in folders.remarks(args.data_root) if args.dataset == "folder" else ():
         print(line)
     if run.published is False:
         print(f"note: the split file of {args.dataset} is not CoOp's published one: do not compare with published "
               "numbers")
-    texts = run.model.text_encoder.different_names()
-    if texts < len(run.model.class_names):
-        print(f"warning: {len(run.model.class_names)} class names are only {texts} different texts to this model "
-              "(compared as embeddings): global prompts, and shared local ones, cannot tell such classes apart")
+    warn_of_equal_names(run.model, args.model)
+
+
+def warn_of_equal_names(model, model_name):
+    """Prints a line about class names that are one text to the model, and one with the names of each such group."""
+    groups = model.text_encoder.equal_names()
+    if not groups:
+        return
+    n_classes = len(model.class_names)
+    n_texts = n_classes - sum(len(group) - 1 for group in groups)
+    knows = "; tiny knows 106 words, see clip/README.md" if model_name == "tiny" else ""
+    print(f"warning: {n_classes} class names are only {n_texts} different texts to this model (compared as embeddings): "
+          f"global prompts, and shared local ones, cannot tell such classes apart{knows}")
+    for group in groups:
+        more = f" and {len(group) - 10} more" if len(group) > 10 else ""
+        print(f"  one text: {', '.join(group[:10])}{more}")
 
 
 def make_loader(run):
@@ -308,16 +323,13 @@ def diagnose(run, images, labels):
 
 
 def finish_epoch(run, epoch, fields):
-    """A line in the log and on the screen, then last.pt. Raises ValueError on a loss that is not a number."""
+    """A line on the screen, then last.pt and the log, which has more. Raises ValueError on a loss that is no number."""
     fields = {"epoch": epoch + 1, **fields}
     losses = [name for name in fields if name.endswith("_loss")]
     terms = ", ".join(f"{name.removesuffix('_loss')} {fields[name]:.4f}" for name in losses)
-    diagnosis = "".join(f"{name.replace('_', ' ')} {value:.3g}  " for name, value in fields.items()
-                        if name not in ("epoch", "loss", "train_accuracy", "lr", "seconds", *losses))
     left = fields["seconds"] * (run.args.epochs - epoch - 1)
-    print("epoch {epoch:3d}  loss {loss:.4f} ({terms})  train {train_accuracy:5.1f} %  {diagnosis}lr {lr:.2e}  "
-          "{seconds:.1f} s  left {left:.0f} s".format(terms=terms, diagnosis=diagnosis, left=left, **fields),
-          flush=True)
+    print("epoch {epoch:3d}  loss {loss:.4f} ({terms})  train {train_accuracy:5.1f} %  lr {lr:.2e}  "
+          "{seconds:.1f} s  left {left:.0f} s".format(terms=terms, left=left, **fields), flush=True)
     if not math.isfinite(fields["loss"]):
         raise ValueError(f"epoch {epoch + 1}: loss {fields['loss']} ({terms}): try a smaller --lr, or --amp off; "
                          "last.pt, if there is one, holds the epoch before")
@@ -368,9 +380,23 @@ def report_finished(run):
         dist.destroy_process_group()
 
 
-@machine.plain_errors("--resume goes on after the last epoch that was finished")
+def how_to_go_on(args):
+    """The command that goes on with an interrupted run."""
+    if not (Path(args.output_dir) / "last.pt").exists():
+        return "no epoch was finished; the same command starts anew"
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    start = "python" if processes == "1" else f"torchrun --nproc_per_node={processes}"
+    return f"{start} train.py --resume {shlex.quote(args.output_dir)} goes on after the last epoch that was finished"
+
+
 def main(args):
-    """A run from its options to its result: set up, train epoch by epoch, test once."""
+    """A run from its options to its result; errors and interruptions end it with one line."""
+    with machine.plain_errors(partial(how_to_go_on, args)):
+        train(args)
+
+
+def train(args):
+    """Set up, train epoch by epoch, test once."""
     check_args(args, int(os.environ.get("WORLD_SIZE", 1)))
     rank, world, device = machine.start_processes(args)
     run = set_up(args, rank, world, device)

@@ -115,10 +115,14 @@ class ClassTexts:
         """Raises ValueError for a class name that does not fit behind a prompt of n_context tokens."""
         self.prepare(n_context, suffix)
 
-    def different_names(self):
-        """How many different texts the class names are to this CLIP. Words that it never saw may have equal vectors."""
+    def equal_names(self):
+        """Groups of class names that are one text to this CLIP: words that it never saw may have equal vectors."""
         tokens, *_ = self.prepare(0)
-        return len(self.clip.token_embedding(tokens).flatten(1).unique(dim=0))
+        _, texts = self.clip.token_embedding(tokens).flatten(1).unique(dim=0, return_inverse=True)    # (C,)
+        groups = {}
+        for name, text in zip(self.class_names, texts.tolist()):
+            groups.setdefault(text, []).append(name)
+        return [group for group in groups.values() if len(group) > 1]
 
 
 def tokenize_names(class_names, n_context, context_length, suffix=""):

@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -326,6 +327,7 @@ def score_weights(run, device):
             counts = evaluate.test(model, items, config["dataset"], machine.usable_amp(config["amp"], device))
             found[part] = {score: 100 * n.sum().item() / len(items) for score, n in counts.n_correct.items()}
     machine.write_json(run / "weights.json", found)
+    print(f"wrote {run}/weights.json")
 
 
 def read_weights(folder):
@@ -451,7 +453,12 @@ def check_more(parser, args):
         parser.error("--classes base has no --test-split: both halves of the classes are scored on their test pictures")
 
 
-@machine.plain_errors("the same command goes on with what is missing")
+def how_to_go_on():
+    """The command that goes on with what is missing."""
+    return f"python -m extras.compare {shlex.join(sys.argv[1:])} goes on with what is missing"
+
+
+@machine.plain_errors(how_to_go_on)
 def main(args):
     """The runs, what is missing of them, the table."""
     machine.check_device(args.device)
@@ -473,6 +480,7 @@ def main(args):
     machine.write_json(Path(args.output_dir) / "compare.json",
                     [{"dataset": dataset, "shots": shots, "row": row, **values}
                      for (dataset, shots), rows in table.items() for row, values in rows.items()])
+    print(f"wrote {args.output_dir}/compare.json")
 
 
 if __name__ == "__main__":

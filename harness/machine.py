@@ -134,8 +134,9 @@ def progress(steps, label, rank=0, total=None):
 def plain_errors(hint=""):
     """Around a script's `main`: what the user can mend ends the program with one line on stderr and exit code 1.
 
-    Every rank prints its own error. hint: what to do after Ctrl-C. Nothing printed can stop a run: a character that the
-    terminal does not know is escaped, and a closed pipe (`| head -1`) ends the program quietly.
+    Every rank prints its own error. hint: what to do after Ctrl-C, or a function that says it. Nothing printed can stop
+    a run: a character that the terminal does not know is escaped, and a closed pipe (`| head -1`) ends the program
+    quietly.
     """
     rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     for stream in (sys.stdout, sys.stderr):
@@ -148,7 +149,8 @@ def plain_errors(hint=""):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # why: Python flushes once more at its end
         sys.exit(1)
     except KeyboardInterrupt:
-        sys.exit(f"{rank}interrupted" + f": {hint}" * bool(hint))
+        hint = hint() if callable(hint) else hint
+        sys.exit(f"{rank}interrupted" + (f": {hint}" if hint else ""))
     except (OSError, ValueError, MemoryError) as error:
         sys.exit(f"{rank}error: {error}")
     except RuntimeError as error:

@@ -207,6 +207,13 @@ def check_args(args, world):
     runs.check_free(args.output_dir, configuration(args), args.resume, args.overwrite)
 
 
+def unusual(args):
+    """The options that differ from what they are where method, dataset and model alone are given: {name: value}."""
+    usual = vars(parse_args(["--method", args.method, "--dataset", args.dataset, "--model", args.model]))
+    apart = ("output_dir", "resume", "overwrite")
+    return {name: value for name, value in vars(args).items() if name not in apart and value != usual[name]}
+
+
 def configuration(args):
     """The options that belong to a run, as result.json and last.pt have them."""
     return {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}

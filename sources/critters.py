@@ -447,8 +447,10 @@ def sheet():
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Draws one picture of each class into a file.")
     parser.add_argument("--output", metavar="FILE", required=True, help="a name that ends in .png")
+    output = parser.parse_args(argv).output
     try:
-        sheet().quantize(256).save(parser.parse_args(argv).output)    # why 256 colours: a quarter of the size
+        sheet().quantize(256).save(output)             # why 256 colours: a quarter of the size
+        print(f"wrote {output}")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 

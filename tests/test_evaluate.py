@@ -293,11 +293,17 @@ def painted(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_zero_shot_asks_the_template_of_the_data_set(painted, capsys):
+def test_zero_shot_asks_the_template_of_the_data_set(painted, monkeypatch, capsys):
     # right: one of two red, two of three green, the blue one: 4 of 6
-    command("--zero-shot", "--dataset", "eurosat", "--data-root", painted, "--device", "cpu")
-    assert capsys.readouterr().out == ("zero-shot ViT-B/16 on eurosat: 66.67 % of 6 test images; "
-                                       "published for ViT-B/16: 48.3 %\n")
+    asked = ("--zero-shot", "--dataset", "eurosat", "--data-root", painted, "--device", "cpu")
+    command(*asked)
+    assert capsys.readouterr().out == "zero-shot ViT-B/16 on eurosat: 66.67 % of 6 test images\n"
+    whole = data.DATASETS["eurosat"]._replace(sizes=(3, 0, 6))     # as if these were all that are published
+    monkeypatch.setitem(data.DATASETS, "eurosat", whole)
+    command(*asked)
+    assert capsys.readouterr().out.endswith(" of 6 test images; published for ViT-B/16: 48.3 %\n")
+    command(*asked, "--model", "ViT-B/32")
+    assert "published" not in capsys.readouterr().out
 
 
 def test_zero_shot_asks_the_template_that_is_given(painted, monkeypatch, capsys):

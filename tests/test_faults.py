@@ -449,13 +449,23 @@ def test_each_rank_prints_its_own_error(monkeypatch):
         raise ValueError("no")
 
 
-def test_ctrl_c_names_resume(options, tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
+def test_ctrl_c_names_the_command_that_goes_on(options, tmp_path, monkeypatch):
+    original, run = script.train_epoch, tmp_path / "my run"
+
+    def interrupt(run, network, batches, epoch):
+        if epoch == last:
+            raise KeyboardInterrupt
+        return original(run, network, batches, epoch)
 
     monkeypatch.setattr(script, "train_epoch", interrupt)
-    with pytest.raises(SystemExit, match="^interrupted: --resume goes on"):
-        train(*options, "--output-dir", tmp_path)
+    for last, message in enumerate((
+            "no epoch was finished; the same command starts anew",
+            f"python train.py --resume '{run}' goes on after the last epoch that was finished")):
+        with pytest.raises(SystemExit, match=f"^interrupted: {message}$"):
+            train(*options, "--output-dir", run)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert script.how_to_go_on(script.parse_args(["--output-dir", str(run)])).startswith(
+        f"torchrun --nproc_per_node=4 train.py --resume '{run}' goes on")
 
 
 def test_out_of_memory_says_what_helps(options, tmp_path, monkeypatch):
@@ -540,6 +550,8 @@ def test_names_that_the_model_cannot_tell_apart_are_a_warning(options, pictures,
         state["token_embedding.weight"][clip.tokenize(word)[0, 1]] = 0
     torch.save(state, tmp_path / "clip.pt")
     train(*options, "--epochs", 1, "--model", tmp_path / "clip.pt", "--output-dir", tmp_path / "run")
-    assert "warning: 3 class names are only 2 different texts to this model" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "warning: 3 class names are only 2 different texts to this model" in printed
+    assert "\n  one text: sea, wood\n" in printed and "106 words" not in printed
     train(*options, "--epochs", 1, "--output-dir", tmp_path / "other")
     assert "warning" not in capsys.readouterr().out

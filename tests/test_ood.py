@@ -591,16 +591,16 @@ def test_worse_than_chance_is_a_warning(capsys):
     inside, inverted = {"mcm": tensor(1, 2, 3), "l_mcm": tensor(4, 5, 6)}, {"mcm": tensor(7, 8), "l_mcm": tensor(1, 2)}
     ood.show(ood.measure({"ID": inside, "odd": inverted}), {"mcm": {"odd": {"fpr95": 12.3, "auroc": 45.6}}})
     printed = capsys.readouterr().out
-    assert "this run's MCM: AUROC below 50 %, worse than chance, on odd 0.0, mean 0.0" in printed
+    assert "warning: odd: AUROC below 50 %, worse than chance: this run's MCM 0.0; is" in printed
     assert printed.count("warning") == 1 and "100.0 / 0.0" in printed
     assert printed.count("the paper's Table 3") == 1 and "12.3 / 45.6" in printed
 
 
 def test_chance_itself_is_no_warning(capsys):
     cells = {name: {"fpr95": 95, "auroc": auroc} for name, auroc in {"even": 50, "odd": 49.9, "mean": 50}.items()}
-    ood.show({"mcm": cells, "l_mcm": {"even": cells["even"]}}, {})
+    ood.show({"mcm": cells, "l_mcm": {**cells, "odd": cells["even"]}}, {})
     warning, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert "on odd 49.9;" in warning and "paper" not in warning
+    assert warning.startswith("warning: odd: ") and "chance: this run's MCM 49.9;" in warning
 
 
 def test_a_run_on_critters_needs_no_folder_and_takes_none(capsys):
