@@ -257,6 +257,9 @@ class Method(nn.Module):
         """What is learned, by name: all that a checkpoint needs. Memory is the parameters'."""
         return {name: p.detach() for name, p in self.named_parameters() if not name.startswith("clip.")}
 
+    def after_epoch(self, epoch, epochs):
+        """What a method does when an epoch, 1 to epochs, is done. What it keeps is part of `learned_state`."""
+
 
 class SOTGLP(Method):
     """The prompts that are learned for a frozen CLIP, and the learned map on its patch features.

@@ -410,6 +410,7 @@ def train(args):
     for epoch in range(run.epochs_done, args.epochs):
         with plain_memory_error(run.model):
             fields = train_epoch(run, network, batches, epoch)
+        run.model.after_epoch(epoch + 1, args.epochs)
         if rank == 0:
             finish_epoch(run, epoch, fields)
     del batches                                          # why: its workers end before those of the test start

@@ -232,6 +232,8 @@ def patch_cosines(model, images, text_features, label):
 
     images: (1, 3, R, R), or the pair that `clip.encode_patches` made of them. None of a method that uses no patches.
     """
+    if text_features is None:                                                      # each picture has its own
+        return model.cosines(images, None)[1][0, :, [label]]                       # (P, 1)
     *others, prompts = text_features if isinstance(text_features, tuple) else (text_features,)
     prompts = prompts[[label]]                                                     # (1, L, D), or (1, D) where L is 1
     # why one by one: a method's `cosines` averages over the prompts that it is given

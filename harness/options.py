@@ -31,11 +31,17 @@ HELP = {
     "vv_attention": "ordinary patch tokens in place of the V-V stream (Table 2)",
     "plan_gradient": "hold the transport plan constant, as the released code",
     "n_context": "learned vectors in front of a class name",
-    "words": "words to start from, such as 'a photo of a'; they replace --n-context",
+    "words": "what the context starts from, such as 'a photo of a'; it fixes how many vectors there are",
     "class_specific": "a context of its own for each class (coop, locoop); one set of local prompts for all (sotglp)",
     "top_k": "patches that each local prompt keeps (gallop); classes among which the own label is foreground (locoop)",
     "lambda_entropy": "weight of the entropy of background patches",
     "lambda_transport": "weight of the transport to the frozen CLIP; 0 is IVLP",
+    "lambda_image": "weight of the distance of image features from those of the frozen CLIP",
+    "lambda_text": "weight of the distance of text features from those of the frozen CLIP",
+    "average_mean": "epoch that weighs most in the averaged prompts; published: 30 (deviation 30) for ImageNet, "
+                    "Caltech101, Pets, Food101, UCF101, SUN397, 45 (5) for Cars, Flowers, Aircraft, DTD, EuroSAT, all "
+                    "with 50 epochs; 15 (1) for base to new, with 20",
+    "average_std": "standard deviation, in epochs, of these weights",
     "modality": "what the transport compares: joint, image or text",
     "plan": "exact: permutations of up to 8 images; sinkhorn: entropic, for batches of any size",
     "depth": "blocks with prompts, from the first; a tower with fewer blocks has them in all"}
@@ -180,8 +186,9 @@ def add_method_options(add, method):
 def check_args(args, world):
     """Raises ValueError for options that cannot work, alone or together, before any long work starts."""
     machine.check_device(args.device, args.amp)
-    for name in ("lr", "weight_decay", "epsilon", "lambda_local", "lambda_entropy", "lambda_transport", "warmup_epochs",
-                 "prompt_dropout", "workers", "shots"):
+    for name in ("lr", "weight_decay", "epsilon", "lambda_local", "lambda_entropy", "lambda_transport",
+                 "lambda_image", "lambda_text", "average_mean", "average_std", "warmup_epochs", "prompt_dropout",
+                 "workers", "shots"):
         if not 0 <= getattr(args, name, 0) <= torch.finfo(torch.float32).max:
             raise ValueError(f"--{name.replace('_', '-')} must be a finite number and not negative, "
                              f"got {getattr(args, name)}")
@@ -196,6 +203,8 @@ def check_args(args, world):
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if getattr(args, "epsilon", 1) < 1e-6:               # why: cost / epsilon must leave float32 some digits
         raise ValueError(f"--epsilon must be positive, and at least 1e-6, got {args.epsilon}")
+    if getattr(args, "average_std", 1) < 1e-6:           # why: epochs are divided by it
+        raise ValueError(f"--average-std must be positive, and at least 1e-6, got {args.average_std}")
     if getattr(args, "prompt_dropout", 0) > 1:
         raise ValueError(f"--prompt-dropout must lie in [0, 1], got {args.prompt_dropout}")
     if getattr(args, "plan", "") == "exact" and args.lambda_transport and args.batch_size > promptot.LARGEST_EXACT:

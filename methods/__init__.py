@@ -9,16 +9,20 @@ import inspect
 
 from sotglp import SOTGLP
 
+from methods.cocoop import CoCoOp
 from methods.coop import CoOp
 from methods.gallop import GalLoP
 from methods.locoop import LoCoOp
+from methods.maple import MaPLe
 from methods.plot import PLOT
 from methods.promptot import PromptOT
+from methods.promptsrc import PromptSRC
 from methods.released import Released
 from methods.variants import DenseTransport, IndependentTopK
 
-METHODS = {"sotglp": SOTGLP, "coop": CoOp, "gallop": GalLoP, "plot": PLOT, "locoop": LoCoOp,
-           "promptot": PromptOT, "released": Released, "independent": IndependentTopK, "dense": DenseTransport}
+METHODS = {"sotglp": SOTGLP, "coop": CoOp, "cocoop": CoCoOp, "maple": MaPLe, "promptsrc": PromptSRC,
+           "promptot": PromptOT, "plot": PLOT, "locoop": LoCoOp, "gallop": GalLoP, "released": Released,
+           "independent": IndependentTopK, "dense": DenseTransport}
 
 
 def constructor_options(method):

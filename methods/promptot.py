@@ -85,6 +85,12 @@ def transport_loss(image, text, frozen_image, frozen_text, labels, plan="exact",
     return (transport_plan(cost, plan, epsilon, n_iters)[rank::world] * mine).sum()
 
 
+def deep_start(words, n_blocks):
+    """Where deep prompts start: words (n, W) in the first block, N(0, 0.02) in the others -> (J, n, W)."""
+    deeper = torch.randn(n_blocks - 1, *words.shape) * 0.02    # on the CPU: the same on every device
+    return torch.cat([words[None], deeper.to(words)])
+
+
 class PromptOT(Method):
     """Deep prompts in both towers, shared by all classes, with transport to the frozen CLIP as a regulariser.
 
@@ -109,11 +115,11 @@ class PromptOT(Method):
         self.transport = {"plan": plan, "modality": modality, "epsilon": epsilon, "n_iters": n_iters}
         template = self.word_vectors(TEMPLATE)                                     # (n, W)
         self.text_encoder.check_names(len(template), self.SUFFIX)    # why here: what cannot work fails before training
-        deeper, width = min(depth, len(clip_model.transformer.resblocks)) - 1, clip_model.visual.proj.shape[0]
+        text_depth = min(depth, len(clip_model.transformer.resblocks))
         image_depth = min(depth, len(clip_model.visual.transformer.resblocks))
+        width = len(clip_model.visual.proj)
         # one parameter for all blocks: the first row of the text prompts stands before the class name
-        self.text_prompts = nn.Parameter(torch.cat([template[None],
-                                                    torch.randn(deeper, *template.shape) * 0.02]))     # (J, n, W)
+        self.text_prompts = nn.Parameter(deep_start(template, text_depth))         # (J, n, W)
         self.image_prompts = nn.Parameter(torch.randn(image_depth, len(template), width) * 0.02)       # (J, n, W)
         self.frozen_text = None                            # (C, D), computed in the first training step
         self.to(clip_model.logit_scale.device)
@@ -122,11 +128,15 @@ class PromptOT(Method):
         """[SOS], prompt, class name, full stop, [EOT] of each class -> unit (C, D)."""
         return self.encode(self.text_prompts[:1], self.SUFFIX, self.text_prompts[1:])[:, 0]    # N = 1
 
+    def encode_frozen(self):
+        """The text features of the frozen CLIP, of "a photo of a <name>." -> unit (C, D)."""
+        return self.encode(self.word_vectors(TEMPLATE)[None], self.SUFFIX)[:, 0]
+
     @torch.no_grad()
     def teacher(self, images):
-        """Features of the frozen CLIP: of the same crops, unit (B, D), and of "a photo of a <name>.", unit (C, D)."""
+        """Features of the frozen CLIP: of the same crops, unit (B, D), and of the classes, unit (C, D)."""
         if self.frozen_text is None:
-            self.frozen_text = self.encode(self.word_vectors(TEMPLATE)[None], self.SUFFIX)[:, 0]
+            self.frozen_text = self.encode_frozen()
         return unit(self.clip.encode_image(images)), self.frozen_text
 
     def forward(self, features, drawn=None, text_features=None):

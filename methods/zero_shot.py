@@ -18,12 +18,16 @@ CHUNK = 256    # texts that go through the tower at once
 
 
 @torch.no_grad()
-def template_features(clip_model, class_names, template):
-    """The text features of a template, with {} for the class name: C strings -> unit (C, D)."""
+def template_features(clip_model, class_names, template, raw=False):
+    """The text features of a template, with {} for the class name: C strings -> unit (C, D).
+
+    raw: as the tower gives them, not of unit length.
+    """
     device = clip_model.logit_scale.device
     texts = [template.format(Method.name_in_text(name)) for name in class_names]
     chunks = [texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK)]
-    return torch.cat([unit(clip_model.encode_text(clip.tokenize(chunk).to(device))) for chunk in chunks])
+    features = torch.cat([clip_model.encode_text(clip.tokenize(chunk).to(device)) for chunk in chunks])
+    return features if raw else unit(features)
 
 
 class ZeroShot(Method):
