@@ -199,7 +199,7 @@ def heat_map(picture, values, bounds, side, framed=()):
 
 # ---- what the model makes of a picture -----------------------------------------------------------------------
 
-TRANSPORT = [METHODS[name] for name in ("sotglp", "dense", "plot")]    # the methods whose score has a plan
+TRANSPORT = [METHODS[name] for name in ("sotglp", "released", "dense", "plot")]    # the methods whose score has a plan
 
 
 class Look(NamedTuple):
@@ -397,6 +397,36 @@ def run_items(run, checkpoint, data_root, split):
     return items
 
 
+def chosen(run, checkpoint, model, args):
+    """Yields path, label or None, and what the model gets, (3, R, R), of each picture that the options ask for."""
+    items = [(path, None) for path in args.images or ()] or run_items(run, checkpoint, args.data_root, args.split)
+    count = len(items) if args.images else min(args.count, len(items))
+    as_people_see = bool(args.images) or data.DATASETS[checkpoint["config"]["dataset"]].as_people_see
+    preprocess = clip.preprocess(model.clip.visual.resolution)
+
+    for i in range(count):
+        path, truth, *_ = items[i * len(items) // count]
+        yield path, truth, preprocess(data.read_image(path, as_people_see)).to(args.device)
+
+
+def picture_options(parser):
+    """Adds the options that choose pictures, see `chosen`, and the device."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--images", nargs="+", metavar="FILE", help="your own pictures")
+    which.add_argument("--split", choices=("train", "val", "test"), help="of the run (test)")
+    add = parser.add_argument
+    add("--count", type=int, default=8, help="pictures of the split, at equal distances (%(default)s)")
+    add("--data-root", help="folder of the datasets (the run's own)")
+    add("--device", default=machine.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
+
+
+def check_picture_options(parser, args):
+    """Ends the program for a --count of no pictures. The split is the test split where none is given."""
+    if args.count < 1:
+        parser.error(f"--count must be at least 1, got {args.count}")
+    args.split = args.split or "test"
+
+
 def parse_args(argv=None):
     """The options, checked for what goes together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -406,22 +436,15 @@ def parse_args(argv=None):
     mode.add_argument("--streams", action="store_true", help="V-V, ordinary and value-path patches side by side")
     mode.add_argument("--batch", action="store_true", help="the first training batch, after augmentation")
     mode.add_argument("--curves", action="store_true", help="log.jsonl over the epochs, all RUNs in one picture")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--images", nargs="+", metavar="FILE", help="your own pictures")
-    which.add_argument("--split", choices=("train", "val", "test"), help="of the run (test)")
-    add("--count", type=int, default=8, help="pictures of the split, at equal distances (%(default)s)")
+    picture_options(parser)
     add("--class", dest="class_name", metavar="NAME", help="whose prompts are shown (those of the predicted class)")
     add("--output", metavar="DIR", help="where the PNG files go (RUN/pictures)")
-    add("--data-root", help="folder of the datasets (the run's own)")
-    add("--device", default=machine.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
     args = parser.parse_args(argv)
     if len(args.runs) > (26 if args.curves else 1):
         parser.error("one RUN, or with --curves up to 26")
     if (args.batch or args.curves) and (args.images or args.class_name or args.split):
         parser.error("--images, --split and --class do not go with --batch and --curves")
-    args.split = args.split or "test"
-    if args.count < 1:
-        parser.error(f"--count must be at least 1, got {args.count}")
+    check_picture_options(parser, args)
     return args
 
 
@@ -447,19 +470,13 @@ def main(args):
         raise ValueError(f"--class {args.class_name!r} is none of the {len(class_names)} classes of {run}; near: "
                          + ", ".join(map(repr, near)))
     label = class_names.index(args.class_name) if args.class_name else None
-    items = [(path, None) for path in args.images or ()] or run_items(run, checkpoint, args.data_root, args.split)
-    count = len(items) if args.images else min(args.count, len(items))
     model = runs.build(run, checkpoint, args.device)
-    preprocess = clip.preprocess(model.clip.visual.resolution)
     with torch.no_grad():
         text_features = model.encode_prompts()
     kind, draw = ("streams", streams) if args.streams else ("figure2", figure_2)
-    for i in range(count):
-        path, truth, *_ = items[i * len(items) // count]
-        as_people_see = bool(args.images) or data.DATASETS[config["dataset"]].as_people_see
-        image = preprocess(data.read_image(path, as_people_see)).to(args.device)   # (3, R, R)
+    for i, (path, truth, image) in enumerate(chosen(run, checkpoint, model, args), 1):
         name = re.sub(r"[^\w.]+", "-", "-".join(Path(path).with_suffix("").parts[-3:])).strip("-")
-        save(f"{kind}-{i + 1}-{name}", draw(model, text_features, image, path, truth, label))
+        save(f"{kind}-{i}-{name}", draw(model, text_features, image, path, truth, label))
 
 
 if __name__ == "__main__":
