@@ -217,7 +217,8 @@ class Method(nn.Module):
         """The token vectors of some words, to start a prompt from: (M, W)."""
         tokens = clip.tokenize(words)[0]
         words = tokens[1 : tokens.argmax()]                                        # without [SOS] and [EOT]
-        return self.clip.token_embedding.weight[words]
+        words = words.to(self.clip.logit_scale.device, non_blocking=True)
+        return self.clip.token_embedding(words)
 
     def encode(self, prompts, suffix="", deep=None):
         """Prompts with the names of all classes -> unit (C, N, D), see `ClassTexts`.  Eq. 1"""

@@ -217,9 +217,13 @@ class CLIP(nn.Module):
         return to_joint_space(self.visual.ln_post(x), self.visual.proj)
 
     def encode_text(self, tokens):
-        """Token ids (n, S) from `clip.tokenize` -> text features (n, D), not normalised, as OpenAI's."""
+        """Token ids (n, S) from `clip.tokenize` -> text features (n, D), not normalised, as OpenAI's.
+
+        The tokens may lie on the CPU: then their length is known without waiting for a GPU.
+        """
         eot = tokens.argmax(dim=-1)                  # [EOT] has the largest id
         tokens = tokens[:, : int(eot.max()) + 1]   # why: the mask is causal, nothing after [EOT] can reach it
+        tokens, eot = (part.to(self.logit_scale.device, non_blocking=True) for part in (tokens, eot))
         return self.encode_embeddings(self.token_embedding(tokens), eot)
 
     def encode_embeddings(self, embeddings, eot, prompts=None):

@@ -80,7 +80,7 @@ class ClassTexts:
     def encode_shared(self, prompts, tokens, eot):
         """Prompts (N, M, W) of all classes, [SOS] name [EOT] (c, S) of some -> unit text features (c, N, D).  Eq. 1"""
         N = len(prompts)
-        sos = self.clip.token_embedding(tokens.new_tensor(SOS))                    # (W,)
+        sos = self.clip.token_embedding.weight[SOS]                                # (W,)
         prefix = torch.cat([sos.expand(N, 1, -1), prompts], dim=1)                 # (N, 1+M, W)
         names = self.clip.token_embedding(tokens[:, None, 1:]).expand(-1, N, -1, -1)   # (c, N, S-1, W)
         return unit(self.clip.encode_with_prefix(prefix, names, eot - 1))

@@ -44,9 +44,10 @@ def pair_costs(image, text, frozen_image, frozen_text, labels, frozen_labels, mo
 
 
 @functools.cache
-def permutations(n):
+def permutations(n, device):
     """All orders of n things, the identity first: (n!, n)."""
-    return torch.tensor([*itertools.permutations(range(n))])
+    orders = torch.tensor([*itertools.permutations(range(n))])
+    return orders.to(device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -62,8 +63,10 @@ def transport_plan(cost, plan="exact", epsilon=0.1, n_iters=200):
     if B > LARGEST_EXACT:
         raise ValueError(f'plan="exact" tries all orders of a batch of at most {LARGEST_EXACT} images, got {B}: give a '
                          'smaller --batch-size, or plan="sinkhorn" (--plan sinkhorn)')
-    orders = permutations(B).to(cost.device)                                       # (B!, B)
-    best = orders[cost[torch.arange(B, device=cost.device), orders].sum(dim=1).argmin()]
+    orders = permutations(B, cost.device)                                          # (B!, B)
+    cost_of_order = cost[torch.arange(B, device=cost.device), orders].sum(dim=1)   # (B!,)
+    # why keepdim: an index without dimensions is read by the host, which would wait for it
+    best = orders[cost_of_order.argmin(dim=0, keepdim=True)][0]                    # (B,)
     return nn.functional.one_hot(best, B).to(cost) / B
 
 

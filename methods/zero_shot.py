@@ -23,10 +23,9 @@ def template_features(clip_model, class_names, template, raw=False):
 
     raw: as the tower gives them, not of unit length.
     """
-    device = clip_model.logit_scale.device
     texts = [template.format(Method.name_in_text(name)) for name in class_names]
     chunks = [texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK)]
-    features = torch.cat([clip_model.encode_text(clip.tokenize(chunk).to(device)) for chunk in chunks])
+    features = torch.cat([clip_model.encode_text(clip.tokenize(chunk)) for chunk in chunks])
     return features if raw else unit(features)
 
 
