@@ -1,0 +1,332 @@
+"""The page in which a reader moves the equations: its functions are sotglp.py's, its numbers are the model's."""
+
+import json
+import re
+import shutil
+import subprocess
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+from PIL import Image
+
+from conftest import PROJECT, random_clip
+from extras import explore, visualize
+from methods import METHODS
+from methods.gallop import top_k_mean
+from sinkhorn import sinkhorn
+from sotglp import SOTGLP, fuse, global_logits, local_logits, saliency, sparse_support
+
+NAMES = ["sea", "</script><script>window.harm = 1</script>", "red clay", "a & b", "{{policy}}", "wood", "\u2028 \"x\""]
+HOME, END, RIGHT, DOWN = "\ue011", "\ue010", "\ue014", "\ue015"       # keys, as WebDriver names them
+
+
+@pytest.fixture(scope="module")
+def equations():
+    """A function that calls the page's own ones in node: equations((name, argument, ...), ...) -> their values."""
+    if shutil.which("node") is None:
+        pytest.skip("no node here")
+    code = re.search("<script>(.*?)</script>", explore.TEMPLATE.read_text(encoding="utf-8"), re.S)[1]
+    names = re.findall(r"^function (\w+)", code, re.M)
+    code += f"const named = {{{', '.join(names)}}};\n" \
+        "require('readline').createInterface({input: process.stdin}).on('line', (line) => console.log(JSON.stringify(" \
+        "JSON.parse(line).map(([name, ...rest]) => named[name](...rest)))));"
+    with subprocess.Popen(["node", "-e", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        def call(*calls):
+            calls = [[part.tolist() if torch.is_tensor(part) else part for part in call] for call in calls]
+            print(json.dumps(calls), file=process.stdin, flush=True)
+            return [torch.tensor(value, dtype=torch.float64) for value in json.loads(process.stdout.readline())]
+        yield call
+        process.stdin.close()
+
+
+def assert_close(found, expected, rtol=1e-6):
+    torch.testing.assert_close(found, expected.double(), rtol=rtol, atol=1e-12, check_dtype=False)
+
+
+# ---- the page's functions
+
+@pytest.mark.parametrize("P, L, K, epsilon, n_iters", [
+    (16, 4, 5, 0.1, 20), (16, 4, 1, 0.1, 3), (9, 3, 9, 0.1, 1), (9, 1, 4, 0.1, 2), (1, 1, 1, 0.1, 1),
+    (16, 4, 5, 0.01, 200), (16, 2, 16, 10.0, 20)])
+def test_the_pages_transport_is_sotglps(equations, P, L, K, epsilon, n_iters):
+    similarity = 2 * torch.rand(P, L, dtype=torch.float64) - 1
+    kept, patches = (part[0, 0] for part in sparse_support(similarity[None, None], K))
+    order = saliency(kept).argsort(descending=True)
+    kept, patches = kept[order], patches[order]
+    plan = sinkhorn(1 - kept, epsilon=epsilon, n_iters=n_iters)
+    salient, support, found, terms = equations(
+        ("saliency", similarity), ("support", saliency(similarity), K), ("sinkhorn", 1 - kept, epsilon, 2 * n_iters),
+        ("phi", plan, kept))
+    assert_close(salient, saliency(similarity))
+    assert support.tolist() == patches.tolist()
+    assert_close(found, plan)
+    assert_close(terms, (plan * kept).sum(dim=0))
+
+
+def test_equal_cosines_give_the_uniform_plan(equations):
+    even = torch.full((6, 2), 0.3)
+    plan, steps = equations(("sinkhorn", 1 - even, 0.01, 2), ("support", saliency(even), 4))
+    assert_close(plan, torch.full((6, 2), 1 / 12))
+    assert len(set(steps.tolist())) == 4
+
+
+def test_half_steps_set_the_rows_then_the_columns(equations):
+    cost = torch.rand(5, 3)
+    rows, columns = equations(("sinkhorn", cost, 0.1, 1), ("sinkhorn", cost, 0.1, 2))
+    assert_close(rows.sum(dim=1), torch.full((5,), 1 / 5))
+    assert (rows.sum(dim=0) - 1 / 3).abs().max() > 1e-3
+    assert_close(columns.sum(dim=0), torch.full((3,), 1 / 3))
+
+
+def test_the_pages_scores_are_sotglps(equations):
+    image, text = torch.randn(1, 8), torch.randn(3, 4, 8)
+    image, text = image / image.norm(), text / text.norm(dim=-1, keepdim=True)
+    cosines = torch.einsum("bd,cgd->cg", image, text)
+    similarity, local = torch.rand(9, 3), torch.randn(1, 3)
+    expected = global_logits(image, text, 14.0)
+    *found, probabilities, means = equations(
+        *(("globalLogit", row, 14.0) for row in cosines),
+        *(("fuse", expected[0, c].item(), local[0, c].item(), 0.4) for c in range(3)),
+        ("softmax", 1000 * local[0]), ("topKMean", similarity, [1, 4, 9]))
+    assert_close(torch.stack(found[:3]), expected[0])
+    assert_close(torch.stack(found[3:]), fuse(expected, local, 0.4)[0])
+    assert_close(probabilities, (1000 * local[0].double()).softmax(dim=0))
+    assert_close(means, top_k_mean(similarity[None, None], [1, 4, 9])[0, 0])
+
+
+# ---- the numbers in the page
+
+def page_of(model, n=2, truth=6):
+    """The page of a model with n random pictures -> its text, its numbers, the pictures."""
+    torch.manual_seed(5)
+    images, texts = torch.randn(n, 3, 32, 32), model.encode_prompts()
+    pictures = [explore.look(model, texts, image, f"<b>{i}", truth) for i, image in enumerate(images)]
+    text = explore.page({"run": "a run", **explore.described(model), "pictures": pictures}, "../P A.md")
+    data = re.search('<script type="application/json" id="data">(.*?)</script>', text, re.S)[1]
+    return text, json.loads(data), images
+
+
+@pytest.mark.parametrize("method, options", [("sotglp", {"n_support": 5, "epsilon": 0.02, "n_iters": 3}), ("dense", {}),
+                                             ("released", {"n_support": 3}), ("plot", {}),
+                                             ("gallop", {"top_k": (1, 3, 5, 20)}), ("independent", {"n_support": 3})])
+def test_at_the_settings_of_the_run_the_page_shows_the_runs_own_numbers(equations, method, options):
+    model = METHODS[method](random_clip(), NAMES, **options).eval()
+    _, data, images = page_of(model)
+    has, settings = data["parts"], data["settings"]
+    with torch.no_grad():
+        texts = model.encode_prompts()
+        scores = model.scores(model(images[1:], None, texts))
+    picture = data["pictures"][1]
+    assert picture["labels"][:5] == next(iter(scores.values()))[0].topk(5).indices.tolist()
+    assert set(picture["labels"][5:]) <= {6} and 6 in picture["labels"]
+    assert (has["plan"], has["own"]) == (method in ("sotglp", "released", "dense", "plot"), method in ("gallop", "independent"))
+    for i, label in enumerate(picture["labels"]):
+        similarity = torch.tensor(picture["similarity"][i])
+        if has["plan"]:
+            seen = visualize.look(model, images[1:], texts, label)
+            kept = similarity[equations(("support", saliency(similarity), settings["K"]))[0].long()]
+            plan, = equations(("sinkhorn", 1 - kept, settings["epsilon"], 2 * settings["iterations"]))
+            torch.testing.assert_close(plan.float(), seen.plan, rtol=1e-4, atol=0)
+            terms, = equations(("phi", plan, kept))
+        else:
+            terms = equations(("topKMean", similarity, data["top_k"]))[0] / len(data["top_k"])
+        local = scores["local"][0, label].item()
+        assert data["local_scale"] * terms.sum().item() == pytest.approx(local, rel=1e-4)
+        assert picture["local"][label] == pytest.approx(local, abs=1e-6)
+        if method != "plot":
+            value, = equations(("globalLogit", picture["cosines"][i], data["global_scale"]))
+            assert value.item() == pytest.approx(scores["global"][0, label].item(), rel=1e-4)
+            final, = equations(("fuse", value.item(), local, settings["lambda"]))
+            final = final / 2 if has["halved"] else final
+            assert final.item() == pytest.approx(scores["fused"][0, label].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["coop", "locoop"])
+def test_a_method_with_a_global_score_alone_shows_that(method):
+    model = METHODS[method](random_clip(), NAMES).eval()
+    _, data, images = page_of(model)
+    picture = data["pictures"][0]
+    assert not any(data["parts"].values()) and "local" not in picture
+    with torch.no_grad():
+        expected = model(images[:1])[0][0]
+    assert picture["global"] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert data["global_scale"] * picture["cosines"][1][0] == pytest.approx(picture["global"][picture["labels"][1]], rel=1e-4)
+
+
+def test_a_method_without_patches_is_refused():
+    with pytest.raises(ValueError, match="compares no patches"):
+        page_of(METHODS["promptot"](random_clip(), NAMES).eval())
+
+
+def test_names_are_text_and_the_page_may_load_nothing():
+    text, data, _ = page_of(SOTGLP(random_clip(), NAMES, n_support=3).eval())
+    assert data["class_names"] == NAMES and data["pictures"][0]["name"] == "<b>0"
+    assert len(re.findall("<script", text)) == len(re.findall("</script>", text)) == 3
+    policy = re.search('Content-Security-Policy" content="(.*?)"', text)[1]
+    assert policy.startswith("default-src 'none'; img-src data:;") and policy.count("sha256-") == 2
+    template = explore.TEMPLATE.read_text(encoding="utf-8")
+    assert not re.search(r"\son\w+=|https?://|@import|url\(", template)
+
+
+def test_every_equation_links_to_its_section():
+    headings = re.findall("^#+ (.*)$", explore.PAPER.read_text(encoding="utf-8"), re.M)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    linked = re.findall('href="PAPER.md#(.*?)"', explore.TEMPLATE.read_text(encoding="utf-8"))
+    assert len(linked) == 7 and set(linked) <= anchors
+    assert explore.page({}, "../P A.md").count('href="../P%20A.md#') == 7
+
+
+# ---- the command
+
+def write(*options):
+    explore.main(explore.parse_args([*map(str, options), "--device", "cpu"]))
+
+
+def test_the_command_replaces_the_page_whole(trained, tmp_path, capsys):
+    page = tmp_path / "new" / "some.html"
+    for count in (1, 2):
+        write(trained, "--count", count, "--output", page)
+        data = json.loads(re.search('id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.S)[1])
+        assert len(data["pictures"]) == count and data["settings"]["K"] == 5
+        assert [path.name for path in page.parent.iterdir()] == ["some.html"]
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"wrote {page}, ")
+    link = re.search('href="(.*?)#symbols"', page.read_text(encoding="utf-8"))[1]
+    assert (page.parent / link).resolve() == PROJECT / "PAPER.md"
+
+
+def test_a_picture_that_cannot_be_read_is_named_and_nothing_is_written(trained, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    Image.new("RGB", (40, 40)).save(tmp_path / "good.png")
+    with pytest.raises(SystemExit, match="cannot read picture .*broken.png"):
+        write(trained, "--images", tmp_path / "good.png", tmp_path / "broken.png", "--output", tmp_path / "a.html")
+    assert not (tmp_path / "a.html").exists()
+
+
+@pytest.mark.parametrize("options", [["run", "--count", "0"], ["run", "--output", "run/last.pt"], [],
+                                     ["run", "--images", "a.png", "--split", "val"]])
+def test_options_that_make_no_sense_are_refused(options):
+    with pytest.raises(SystemExit, match="2"):
+        explore.parse_args(options)
+
+
+# ---- in a browser
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, driven over HTTP by its driver: browser(method, path, **fields) -> the value of the answer."""
+    driver, chromium = shutil.which("chromedriver"), shutil.which("chromium") or shutil.which("google-chrome")
+    if not driver or not chromium:
+        pytest.skip("no chromedriver, or no Chromium, here")
+    process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True)
+    try:
+        port = next(match[1] for line in process.stdout if (match := re.search(r"successfully on port (\d+)", line)))
+
+        def ask(method, path, **fields):
+            body = json.dumps(fields).encode() if method == "POST" else None
+            request = urllib.request.Request(f"http://127.0.0.1:{port}/session{path}", body, method=method)
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return json.load(answer)["value"]
+            except urllib.error.HTTPError as error:
+                raise RuntimeError(json.load(error)["value"]["message"].splitlines()[0]) from None
+
+        arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        wanted = {"goog:chromeOptions": {"args": arguments, "binary": chromium}, "goog:loggingPrefs": {"browser": "ALL"}}
+        session = "/" + ask("POST", "", capabilities={"alwaysMatch": wanted})["sessionId"]
+        yield lambda method, path, **fields: ask(method, session + path, **fields)
+        ask("DELETE", session)
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def test_a_reader_moves_everything_in_a_browser(browser, tmp_path):
+    model = SOTGLP(random_clip(), NAMES, n_support=5, epsilon=0.02).eval()
+    text, data, images = page_of(model)
+    (tmp_path / "page.html").write_text(text, encoding="utf-8")
+
+    def js(code):
+        return browser("POST", "/execute/sync", script=f"return {code}", args=[])
+
+    def element(selector):
+        return [*browser("POST", "/element", using="css selector", value=selector).values()][0]
+
+    def click(selector):
+        js(f"document.querySelector({selector!r}).scrollIntoView({{block: 'center'}})")
+        browser("POST", f"/element/{element(selector)}/click")
+
+    def press(selector, keys):
+        browser("POST", f"/element/{element(selector)}/value", text=keys)
+
+    def shown(selector):
+        return js(f"document.querySelector({selector!r}).textContent").strip().replace("\u202f", " ")
+
+    def final(global_logit, local_logit, weight=0.25):
+        return f"{global_logit + weight * local_logit:.2f}"
+
+    browser("POST", "/goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride",
+            params={"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True})
+    browser("POST", "/url", url=(tmp_path / "page.html").as_uri())
+    outside = "[...document.querySelectorAll('body *')].filter((part) => !part.closest('.scroll table')" \
+        " && part.getBoundingClientRect().right > 360).map((part) => part.outerHTML.slice(0, 99))"
+    assert js("innerWidth") == 360 and js("document.documentElement.scrollWidth") <= 360 and js(outside) == []
+
+    # at the settings of the run: its own numbers, and names as text
+    picture = data["pictures"][0]
+    label = picture["labels"][0]
+    assert shown("#decision td:nth-child(4)").startswith(final(picture["global"][label], picture["local"][label]))
+    assert shown("#local td:last-child") == f"{picture['local'][label]:.2f}"
+    seen = visualize.look(model, images[:1], model.encode_prompts(), label)
+    assert shown("#transport td:nth-child(6)") == f"{100 * seen.plan[0, 0]:.2f}"
+    assert js("[...document.querySelectorAll('#local th:first-child')].map((part) => part.textContent).slice(1)") == \
+        [NAMES[c] + " (true)" * (c == 6) for c in picture["labels"]]
+    assert js("window.harm === undefined")
+
+    # each slider, by keyboard, and what it moves
+    press("[name=lambda]", HOME)
+    assert shown("#decision td:nth-child(4)") == shown("#decision td:nth-child(2)")
+    press("[name=K]", END)
+    assert js("document.querySelectorAll('#transport tbody tr').length") == 16 + 1
+    press("[name=K]", HOME)
+    assert "alone" in shown("#among") and shown("#transport td:nth-child(6)") == "25.00"
+    click("#reset")
+    press("[name=epsilon]", END)
+    assert shown("#facts").startswith("Entropy 1.000")
+    press("[name=epsilon]", HOME)
+    press("[name=iterations]", HOME)
+    assert " 0.00 % in rows" not in shown("#facts") and " 0.00 % in columns" in shown("#facts")
+
+    # kinds of plan; one half-step at a time
+    click("label:has([value=converged])")
+    assert " 0.00 % in rows, 0.00 % in columns" in shown("#facts")
+    click("label:has([value=uniform])")
+    assert shown("#transport td:nth-child(7)") == "5.00"                           # 100 % / (5 patches * 4 prompts)
+    click("label:has([value=steps])")
+    click("#step")
+    assert " 0.00 % in rows" in shown("#facts") and " 0.00 % in columns" not in shown("#facts")
+    click("#step")
+    assert " 0.00 % in rows" not in shown("#facts") and " 0.00 % in columns" in shown("#facts")
+
+    # patch, prompt, class and picture; the address brings a view back
+    press("#map", RIGHT + RIGHT + DOWN)
+    js("light()")                                        # what is chosen, wherever the mouse happens to rest
+    assert shown("#reading").startswith("Row 2, column 2: ")
+    click("#each button:nth-child(2)")
+    assert js("document.querySelectorAll('th.lit').length") == 2
+    click("#classes label:nth-of-type(2)")
+    assert shown("#local tr.chosen th").startswith(NAMES[picture["labels"][1]])
+    deadline = time.monotonic() + 10
+    while "class=1" not in js("location.hash") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    before = js("document.body.innerText")
+    browser("POST", "/url", url="about:blank")
+    browser("POST", "/back")
+    assert js("document.body.innerText") == before
+    click("#pictures label:nth-of-type(2)")
+    assert shown("#name") == "<b>1"
+    click("#reset")
+    assert shown("#name") == "<b>0" and shown("#local td:last-child") == f"{picture['local'][label]:.2f}"
+    assert browser("POST", "/se/log", type="browser") == []
