@@ -256,7 +256,7 @@ def _mix(*numbers):
     return zlib.crc32(repr(numbers).encode())
 
 
-def loader(pictures, batches, workers=0, device="cpu"):
+def train_loader(pictures, batches, workers=0, device="cpu"):
     """Batches of tensors. Workers live as long as the iterator; the indices tell them the epoch."""
     if workers < 0:
         raise ValueError(f"--workers must not be negative, got {workers}")
@@ -265,18 +265,23 @@ def loader(pictures, batches, workers=0, device="cpu"):
                       generator=torch.Generator())     # why: otherwise an iterator draws from the global generator
 
 
+def test_loader(pictures, batch_size, workers=0, device="cpu", rank=0, world=1):
+    """Every picture once, over all ranks: no padding, so that counts add up to len(pictures)."""
+    share = range(rank, len(pictures), world)
+    batches = [share[start:start + batch_size] for start in range(0, len(share), batch_size)]
+    return train_loader(pictures, batches, workers, device)
+
+
 def train_batches(items, dataset, preprocess, batches, seed, workers=0, device="cpu"):
-    """The loader of training pictures, cropped and flipped at random; batches: a `Batches` of the epochs to come."""
+    """The `train_loader` of a dataset's pictures, read as its row says, cropped and flipped at random."""
     pictures = Pictures(items, train_transform(preprocess), seed, DATASETS[dataset].as_people_see)
-    return loader(pictures, batches, workers, device)
+    return train_loader(pictures, batches, workers, device)
 
 
 def test_batches(items, dataset, resolution, workers=0, device="cpu", rank=0, world=1):
-    """The loader that gives every picture once, over all ranks: no padding, so that counts add up to len(items)."""
+    """The `test_loader` of a dataset's pictures, read as its row says, with CLIP's own transform."""
     pictures = Pictures(items, clip.preprocess(resolution), as_people_see=DATASETS[dataset].as_people_see)
-    share = range(rank, len(pictures), world)
-    batches = [share[start:start + TEST_BATCH] for start in range(0, len(share), TEST_BATCH)]
-    return loader(pictures, batches, workers, device)
+    return test_loader(pictures, TEST_BATCH, workers, device, rank, world)
 
 
 # ---- the script ----------------------------------------------------------------------------------------------

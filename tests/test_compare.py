@@ -53,7 +53,7 @@ def started(monkeypatch):
         (folder / "log.jsonl").write_text("".join(json.dumps({"seconds": s}) + "\n" for s in (9, 1, 2)))
         (folder / "result.json").write_text(json.dumps({
             **{key: config[key] for key in ("dataset", "model", "shots", "seed", "split_seed")}, "config": config,
-            "accuracy": ACCURACY[config["method"], args.seed] - 10 * args.seed * config.get("no_vv", False),
+            "accuracy": ACCURACY[config["method"], args.seed] - 10 * args.seed * (not config.get("vv_attention", True)),
             "zero_shot_accuracy": 31.0, "test_images": 960, "seconds": 60.0,
             "learned_parameters": 2048, "threads": int(env["OMP_NUM_THREADS"])}))
         return subprocess.CompletedProcess(command, 0)
@@ -233,9 +233,9 @@ def test_the_time_is_foretold_by_the_runs_that_are_finished(started, tmp_path, c
 
 
 @pytest.mark.parametrize("row, changes", [
-    ("full", {}), ("no_vv", {"no_vv": True}), ("no_projection", {"no_local_projection": True}),
-    ("shared_local", {"shared_local": True}), ("uniform_plan", {"epsilon": 10_000}),
-    ("constant_plan", {"no_plan_gradient": True}), ("support_1", {"n_support": 1}), ("support_5", {"n_support": 5}),
+    ("full", {}), ("no_vv", {"vv_attention": False}), ("no_projection", {"local_projection": False}),
+    ("shared_local", {"class_specific": False}), ("uniform_plan", {"epsilon": 10_000}),
+    ("constant_plan", {"plan_gradient": False}), ("support_1", {"n_support": 1}), ("support_5", {"n_support": 5}),
     ("support_20", {"n_support": 20}), ("n_local_1", {"n_local": 1}), ("n_local_2", {"n_local": 2}),
     ("n_local_8", {"n_local": 8}), ("n_global_1", {"n_global": 1}), ("n_global_2", {"n_global": 2}),
     ("n_global_8", {"n_global": 8}), ("no_dropout", {"prompt_dropout": 0}), ("epsilon_1", {"epsilon": 1}),

@@ -183,18 +183,6 @@ def test_every_picture_that_cannot_be_read_is_named(tmp_path):
     data.check_pictures(items, rank=0, world=25)            # the first process of 25 reads the first one alone
 
 
-def test_a_warning_names_its_picture_once(tmp_path, monkeypatch, capsys):
-    path = str(picture(tmp_path / "a.png", size=(20, 20)))
-    monkeypatch.setattr(warnings, "showwarning", data.show_warning)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
-    for _ in range(2):
-        data.read_image(path)
-    line, = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"warning: {path}: Image size (400 pixels) exceeds limit of 300")
-    with pytest.warns(UserWarning, match="of something else"):
-        warnings.warn("of something else")
-
-
 # ---- as people see them --------------------------------------------------------------------------------------
 
 def read(tmp_path, image, name="a.png", **options):
@@ -213,7 +201,7 @@ def test_a_picture_is_turned_as_its_camera_says(tmp_path):
     seen = read(tmp_path, Image.fromarray(pixels), exif=exif)
     assert seen.shape == (20, 10, 3) and seen[:10].min() == 255 and seen[10:].max() == 0       # upper half white
     assert data.read_image(str(tmp_path / "a.png")).size == (20, 10)                   # published data: as it is
-    plain, own = (data.Pictures([(str(tmp_path / "a.png"), 0, "a")], np.asarray, own=own)[0][0] for own in (0, 1))
+    plain, own = (data.Pictures([(str(tmp_path / "a.png"), 0, "a")], np.asarray, as_people_see=own)[0][0] for own in (0, 1))
     assert np.array_equal(plain, pixels) and np.array_equal(own, seen)
 
 

@@ -431,14 +431,14 @@ def test_an_option_that_a_method_lacks_is_refused_by_name(capsys):
     ("plot", dict(lr=0.002, epochs=50, warmup_epochs=1, batch_size=32, weight_decay=5e-4, n_local=4, n_context=16,
                   epsilon=0.1, n_iters=20)),
     ("gallop", dict(lr=0.002, epochs=200, warmup_epochs=0, weight_decay=0.01, n_global=4, n_local=4,
-                    top_k=[5, 10, 15, 20], prompt_dropout=0.75, no_local_projection=False)),
+                    top_k=[5, 10, 15, 20], prompt_dropout=0.75, local_projection=True)),
     ("promptot", dict(lr=0.005, epochs=40, warmup_epochs=1, batch_size=4, weight_decay=5e-4, lambda_transport=10,
                       modality="joint", plan="exact", depth=12))])
 def test_a_methods_defaults_are_its_own(method, expected):
     args = vars(script.parse_args(["--method", method]))
     assert args.items() >= expected.items()
     assert args["output_dir"] == f"runs/{method}-critters-16shot-seed1"
-    assert not {"n_support", "no_vv"} & {*args} and {*OPTIONS[method]} <= {*args}
+    assert not {"n_support", "vv_attention"} & {*args} and {*OPTIONS[method]} <= {*args}
 
 
 def test_a_run_without_a_method_is_one_of_sot_glp(trained, tmp_path):

@@ -328,14 +328,14 @@ def printed_row(line):
     return {name: {"fpr95": fpr, "auroc": auc} for name, fpr, auc in pairs}
 
 
-CONFIG = dict(method="sotglp", dataset="imagenet", model="ViT-B/16", shots=16, no_vv=False,
-              no_local_projection=False, shared_local=False)
+CONFIG = dict(method="sotglp", dataset="imagenet", model="ViT-B/16", shots=16, vv_attention=True,
+              local_projection=True, class_specific=True)
 
 
 @pytest.mark.parametrize("changes, line", [
-    ({}, "SOT-GLP"), ({"no_vv": True}, "w/o V-V"), ({"no_local_projection": True}, "w/o Proj"),
-    ({"shared_local": True}, ""), ({"no_vv": True, "no_local_projection": True}, ""), ({"shots": 8}, ""),
-    ({"no_vv": True, "shared_local": True}, "")])
+    ({}, "SOT-GLP"), ({"vv_attention": False}, "w/o V-V"), ({"local_projection": False}, "w/o Proj"),
+    ({"class_specific": False}, ""), ({"vv_attention": False, "local_projection": False}, ""), ({"shots": 8}, ""),
+    ({"vv_attention": False, "class_specific": False}, "")])
 def test_the_papers_numbers_stand_beside_what_they_belong_to(changes, line):
     rows = {"zero_shot_mcm": printed_row("CLIP (MCM)"), "zero_shot_gl_mcm": printed_row("CLIP (GL)")}
     rows |= {"gl_mcm": printed_row(line)} if line else {}

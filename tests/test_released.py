@@ -12,9 +12,11 @@ from harness import runs
 import train as script
 from conftest import copy, read, train
 from clip.prompts import tokenize_names
-from methods import METHODS, released
+from methods import METHODS, OPTIONS
 from methods.released import local_mean_logits
-from sotglp import SOTGLP, fuse, local_logits, objective, unit
+from clip.precision import unit
+from sinkhorn import sinkhorn
+from sotglp import fuse, local_logits, objective
 
 NAMES = ["annual_crop", "sea", "wood"]
 # What the files train_script/scripts/run_*.sh of the authors' repository pass: lr, epochs, batch size, N_l.
@@ -29,29 +31,23 @@ SCRIPTS = {"imagenet": "0.01 50 256 4", "caltech101": "0.005 200 32 6", "oxford_
 
 @pytest.mark.parametrize("dataset", SCRIPTS)
 def test_the_recipe_is_that_of_the_datasets_script(dataset):
-    args = vars(script.parse_args(["--recipe", "released", "--dataset", dataset]))
+    args = vars(script.parse_args(["--method", "released", "--dataset", dataset]))
     lr, *counts = SCRIPTS[dataset].split()
     assert args["lr"] == float(lr)
     assert [args[name] for name in ("epochs", "batch_size", "n_local")] == [*map(int, counts)]
     paper = vars(script.parse_args(["--dataset", dataset]))
     assert {name: args[name] for name in args if args[name] != paper[name]
             and name not in ("lr", "epochs", "batch_size", "n_local", "output_dir")} == {
-        "recipe": "released", "warmup_epochs": 0, "n_global": 3, "lambda_local": 1.0, "sampler": "proportional",
-        "local_mean": True, "no_plan_gradient": True, "vv_alias": True, "keep_underscores": True}
+        "method": "released", "warmup_epochs": 0, "n_global": 3, "lambda_local": 1.0, "sampler": "proportional"}
+    # what the paper's ablations switch off is no option here
+    assert {*paper} - {*args} == {"local_projection", "vv_attention", "class_specific", "plan_gradient"}
 
 
 @pytest.mark.parametrize("option, name, value", [
     (("--lr", "0.3"), "lr", 0.3), (("--n-global", "5"), "n_global", 5), (("--sampler", "exact"), "sampler", "exact"),
-    (("--no-local-mean",), "local_mean", False), (("--plan-gradient",), "no_plan_gradient", False),
-    (("--no-vv-alias",), "vv_alias", False), (("--no-keep-underscores",), "keep_underscores", False)])
+    (("--n-local", "3"), "n_local", 3), (("--lambda-local", "0.5"), "lambda_local", 0.5)])
 def test_an_option_that_is_given_overrides_the_recipe(option, name, value):
-    assert getattr(script.parse_args(["--recipe", "released", *option]), name) == value
-
-
-def test_another_method_has_no_recipe_to_choose(capsys):
-    with pytest.raises(SystemExit):
-        script.parse_args(["--method", "coop", "--recipe", "released"])
-    assert "coop has no --recipe released" in capsys.readouterr().err
+    assert getattr(script.parse_args(["--method", "released", *option]), name) == value
 
 
 # ---- what is computed otherwise ------------------------------------------------------------------------------
@@ -62,11 +58,10 @@ def test_local_mean_logits_and_the_released_loss_by_hand():
     patches = torch.tensor([[[1.0, 0]]])
     text = torch.tensor([[[0.6, 0.8], [1, 0]], [[0, 1], [0.8, 0.6]]])
     scale = 5 * math.log(3)
-    logits, plan = local_mean_logits(patches, text, scale, 1)
+    logits = local_mean_logits(patches, text, scale, 1)
     torch.testing.assert_close(logits, scale * torch.tensor([[0.4, 0.2]]))
-    torch.testing.assert_close(plan, torch.full((1, 2, 1, 2), 0.5))
     # The difference is ln 3, so the true class has 3/4: CE = ln(4/3). Global logits (0, 0): CE = ln 2. Both weigh 1.
-    loss = objective(torch.zeros(1, 2), logits, torch.tensor([0]), lambda_local=released.ALL["lambda_local"])
+    loss = objective(torch.zeros(1, 2), logits, torch.tensor([0]), lambda_local=OPTIONS["released"]["lambda_local"])
     assert loss.item() == pytest.approx(math.log(2) + math.log(4 / 3))
 
 
@@ -75,7 +70,7 @@ def test_both_recipes_fuse_alike_for_four_prompts():
     patches, text = unit(torch.randn(6, 12, 8)), unit(torch.randn(5, 4, 8))
     global_logits = torch.randn(6, 5)
     paper = fuse(global_logits, local_logits(patches, text, 100.0)[0])
-    theirs = fuse(global_logits, local_mean_logits(patches, text, 100.0)[0], released.ALL["lambda_local"])
+    theirs = fuse(global_logits, local_mean_logits(patches, text, 100.0), OPTIONS["released"]["lambda_local"])
     torch.testing.assert_close(theirs, paper)
     assert torch.equal(theirs.argmax(dim=1), paper.argmax(dim=1))
 
@@ -89,32 +84,48 @@ def test_alias_adds_the_first_blocks_attention_once(clip_model):
     attention, _ = F.multi_head_attention_forward(
         x, x, x, 128, 2, block.attn.in_proj_weight, block.attn.in_proj_bias, None, None, False, 0.0,
         block.attn.out_proj.weight, block.attn.out_proj.bias, training=False)
-    (cls, patches), (cls_alias, patches_alias) = (visual(images, stream) for stream in ("vv", "vv_alias"))
+    (cls, patches), (cls_alias, patches_alias) = (visual(images, stream) for stream in ("vv", "released_vv"))
     torch.testing.assert_close(patches_alias - patches, attention.transpose(0, 1)[:, 1:], atol=1e-4, rtol=0)
     assert torch.equal(cls_alias, cls)
 
 
-@pytest.mark.parametrize("options, stream", [({}, "vv"), ({"vv_alias": True}, "vv_alias"),
-                                             ({"vv_alias": True, "vv_attention": False}, "qk")])
-def test_alias_is_a_stream_of_its_own(options, stream, clip_model):
-    assert SOTGLP(clip_model, NAMES, **options).stream == stream
+def released(clip_model, **options):
+    torch.manual_seed(1)
+    return METHODS["released"](clip_model, NAMES, **options)
 
 
-@pytest.mark.parametrize("keep, name", [(False, "annual crop"), (True, "annual_crop")])
-def test_underscores_become_spaces_unless_they_are_kept(keep, name, clip_model):
-    model = SOTGLP(clip_model, NAMES, keep_underscores=keep)
+def test_the_plan_is_constant(clip_model):
+    # One patch is kept of P: its plan is even and does not change. Two are kept: only a constant plan gives the gradient
+    # of sum (plan * similarity) at that plan.
+    patches = unit(torch.randn(1, 16, 32))
+    text = unit(torch.randn(3, 4, 32)).requires_grad_()
+    model = released(clip_model, n_support=2)
+    logits, plan = local_logits(patches, text, 1.0, 2)
+    model.local(patches, text)[0, 0].backward()
+    _, kept = (patches @ text[0].T).mean(dim=-1)[0].topk(2, sorted=False)
+    order = (patches[0, kept] @ text[0].T).detach()                                # (2, 4)
+    expected = sinkhorn(1 - order).T @ patches[0, kept] * model.scale / 4
+    torch.testing.assert_close(text.grad[0], expected)
+
+
+def test_the_first_blocks_attention_is_added(clip_model):
+    model, images = released(clip_model), torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.features(images)[1], clip_model.encode_patches(images, "released_vv")[1])
+
+
+@pytest.mark.parametrize("method, name", [("sotglp", "annual crop"), ("released", "annual_crop")])
+def test_underscores_become_spaces_but_in_the_release(method, name, clip_model):
+    model = METHODS[method](clip_model, NAMES)
     assert torch.equal(model.text_encoder.prepare(4)[0], tokenize_names([name, "sea", "wood"], 4, 77)[0])
     assert model.class_names == NAMES
     assert clip.tokenize("annual_crop")[0].argmax() == clip.tokenize("annual crop")[0].argmax() + 1
 
 
-def test_local_mean_divides_the_models_local_scores_by_the_number_of_prompts(clip_model):
-    models = []
-    for local_mean in (False, True):
-        torch.manual_seed(1)
-        models.append(SOTGLP(clip_model, NAMES, n_local=3, local_mean=local_mean))
+def test_the_local_score_is_divided_by_the_number_of_prompts(clip_model):
+    model = released(clip_model, n_local=3, n_support=6, epsilon=0.3, n_iters=2)
     patches, text = unit(torch.randn(2, 16, 32)), unit(torch.randn(3, 3, 32))
-    torch.testing.assert_close(models[1].local(patches, text), models[0].local(patches, text) / 3)
+    paper, _ = local_logits(patches, text, model.scale, 6, 0.3, 2)
+    torch.testing.assert_close(model.local(patches, text), paper / 3)
 
 
 def test_independent_prompts_keep_their_own_patches_by_hand(clip_model):
@@ -130,23 +141,13 @@ def test_independent_prompts_keep_their_own_patches_by_hand(clip_model):
 
 def test_a_released_run_says_so_and_is_scored_at_its_temperature(options, tmp_path, pictures, capsys):
     run = tmp_path / "run"
-    train(*options, "--recipe", "released", "--epochs", 1, "--sampler", "exact", "--output-dir", run)
-    assert read(run)[0]["recipe"] == "released"
-    model = runs.open_run(run)[1]
-    assert (model.stream, model.local_score, len(model.global_prompts)) == ("vv_alias", local_mean_logits, 3)
+    train(*options, "--method", "released", "--epochs", 1, "--sampler", "exact", "--output-dir", run)
+    assert read(run)[0]["method"] == "released"
+    model = runs.load_run(run)
+    assert (model.stream, len(model.global_prompts)) == ("released_vv", 3)
     for given, temperature in (((), "1000"), (("--temperature", "2"), "2")):
         ood.main(ood.parse_args([str(run), "--ood-root", f"own={pictures}/test/sea", "--device", "cpu", *given]))
         assert f"temperature {temperature}," in capsys.readouterr().out
-
-
-def test_a_run_from_before_the_recipes_is_the_papers(trained, options, tmp_path, capsys):
-    _, _, last = read(trained)
-    config = {name: value for name, value in last["config"].items() if name not in
-              ("method", "recipe", "local_mean", "vv_alias", "keep_underscores")}
-    run = copy(trained, tmp_path / "old", config=config)
-    assert runs.open_run(run)[0]["config"] == last["config"]
-    train(*options, "--output-dir", run, "--resume")
-    assert f"{run} is finished" in capsys.readouterr().out
 
 
 def test_dense_transport_keeps_all_patches(clip_model):
