@@ -38,13 +38,14 @@ HOMES = ("ood_data", "", "ImageNet_OOD_dataset")
 SOURCES = ("get iNaturalist, SUN and Places from http://pages.cs.wisc.edu/~huangrui/imagenet_ood_dataset/<set>.tar.gz; "
            "Textures is all of DTD: python data.py --dataset dtd --data-root DIR --download")
 
-# The rows, controls first: the method of `make_methods`, its score, the label. GL-MCM was published on the value path
-# of the last block; nothing is published for V-V.
-ROWS = {"zero_shot_mcm": ("value", "mcm", "zero-shot MCM"),
-        "zero_shot_gl_mcm": ("value", "gl_mcm", "zero-shot GL-MCM, value path"),
-        "zero_shot_gl_mcm_vv": ("vv", "gl_mcm", "zero-shot GL-MCM, V-V, none published"),
-        "mcm": ("run", "mcm", "this run's MCM"), "l_mcm": ("run", "l_mcm", "this run's L-MCM"),
-        "gl_mcm": ("run", "gl_mcm", "this run's GL-MCM")}
+# The rows, controls first. GL-MCM was published on the value path of the last block; nothing is published for V-V.
+ROWS = {"zero_shot_mcm": "zero-shot MCM", "zero_shot_gl_mcm": "zero-shot GL-MCM, value path",
+        "zero_shot_gl_mcm_vv": "zero-shot GL-MCM, V-V, none published",
+        "mcm": "this run's MCM", "l_mcm": "this run's L-MCM", "gl_mcm": "this run's GL-MCM"}
+# Which row a score of a method of `make_methods` fills.
+ROW_OF = {("value", "mcm"): "zero_shot_mcm", ("value", "gl_mcm"): "zero_shot_gl_mcm",
+          ("vv", "gl_mcm"): "zero_shot_gl_mcm_vv",
+          ("run", "mcm"): "mcm", ("run", "l_mcm"): "l_mcm", ("run", "gl_mcm"): "gl_mcm"}
 
 
 # ---- scores: Sec. 3.5, "we follow the GL-MCM protocol" -------------------------------------------------------
@@ -175,7 +176,7 @@ def confidences(images, methods, text_features, temperature=1.0, local_weight=1.
             scores["l_mcm"] = l_mcm(patch_cosines, temperature)
         if cosines is not None and patch_cosines is not None:
             scores["gl_mcm"] = gl_mcm(cosines, patch_cosines, temperature, local_weight)
-        rows |= {row: scores[score] for row, (of, score, _) in ROWS.items() if of == name and score in scores}
+        rows |= {ROW_OF[name, score]: values for score, values in scores.items() if (name, score) in ROW_OF}
 
     outputs = method(features, None, text_features[name])      # of the last method
     return rows, method.logits(outputs).argmax(dim=1)
@@ -249,11 +250,11 @@ def show(table, paper):
 
     print_row("FPR95 / AUROC in percent", {name: name for name in next(iter(table.values()))})
     for row, cells in table.items():
-        for label, found in ((ROWS[row][2], cells), ("    the paper's Table 3", paper.get(row))):
+        for label, found in ((ROWS[row], cells), ("    the paper's Table 3", paper.get(row))):
             if found:
                 print_row(label, {name: "{fpr95:.1f} / {auroc:.1f}".format(**cell) for name, cell in found.items()})
     for name in next(iter(table.values())):
-        worse = [f"{ROWS[row][2]} {cells[name]['auroc']:.1f}" for row, cells in table.items()
+        worse = [f"{ROWS[row]} {cells[name]['auroc']:.1f}" for row, cells in table.items()
                  if cells[name]["auroc"] < 50]
         if worse and name != "mean":
             print(f"warning: {name}: AUROC below 50 %, worse than chance: {', '.join(worse)}; "

@@ -74,7 +74,8 @@ class ClassTexts:
         embeddings = torch.cat([names[:, :, :1], prompts, names[:, :, 1:]], dim=2) # (c, N, M+S, W)
 
         places = (eot + M).repeat_interleave(N)                                    # (cN,), of [EOT]
-        features = self.clip.encode_embeddings(embeddings.flatten(0, 1), places, deep)
+        deep_prompts = () if deep is None else (deep,)
+        features = self.clip.encode_embeddings(embeddings.flatten(0, 1), places, *deep_prompts)
         return unit(features).unflatten(0, (-1, N))
 
     def encode_shared(self, prompts, tokens, eot):

@@ -78,7 +78,9 @@ def mixed_options(configs):
                   for name, value in config.items()}
         return {**config, **dict.fromkeys(("dataset", "shots", "seed", "split_seed"))}
 
-    first, *others = map(general, configs or [{}])
+    if not configs:
+        return []
+    first, *others = map(general, configs)
     return [text for other in others for text in runs.changes(first, other)]
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import data
 from harness import machine
-from sources import files
+from sources import folders
 
 
 class Prediction(NamedTuple):
@@ -97,12 +97,12 @@ def find(arguments):
         if not os.path.isdir(argument):
             paths.append(argument)
             continue
-        pictures, others = files.walk(argument)
+        pictures, others = folders.walk(argument)
         paths += pictures
         if not pictures:
             notes.append(f"{argument}: no picture in this folder")
         if others:
-            notes.append(f"{argument}: left out {files.kinds(others)}, not read as pictures, first {others[0]}")
+            notes.append(f"{argument}: left out {folders.kinds(others)}, not read as pictures, first {others[0]}")
     return paths, notes
 
 

@@ -12,6 +12,7 @@ import evaluate
 from extras import linear_probe
 import train as script
 from conftest import copy, read
+from methods import METHODS
 
 ACCURACY = {("coop", 1): 80.0, ("coop", 2): 90.0, ("coop", 3): 85.0, ("sotglp", 1): 70.0, ("sotglp", 2): 71.0,
             ("sotglp", 3): 72.0, ("linear_probe", 1): 60.0}
@@ -273,4 +274,4 @@ def test_every_method_has_a_row_and_every_row_a_method():
     # the options of each row are options of train.py, and each method stands in the table
     rows = [row for rows in (compare.ROWS, compare.BASE_ROWS, compare.ABLATIONS) for row in rows.values()]
     trained = [script.parse_args(row[1]).method for row in rows if row[1] is not None]
-    assert {*trained} == {*compare.train.METHODS}
+    assert {*trained} == {*METHODS}

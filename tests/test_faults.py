@@ -19,7 +19,7 @@ import clip
 import data
 import evaluate
 import ood
-from extras import compare, visualize
+from extras import compare, tables, visualize
 from harness import machine, runs
 import train as script
 from conftest import copy, random_clip, read, train
@@ -298,8 +298,8 @@ def test_a_checkpoint_of_an_unfitting_optimizer_is_damaged(trained, options, tmp
 def test_a_damaged_result_is_named_by_the_table(content, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/result.json").write_text(content)
-    assert f"{tmp_path}/a/result.json is damaged" in error_of(command, evaluate, "--table", tmp_path)
-    assert "there is no folder" in error_of(command, evaluate, "--table", tmp_path / "nothing")
+    assert f"{tmp_path}/a/result.json is damaged" in error_of(command, tables, tmp_path)
+    assert "there is no folder" in error_of(command, tables, tmp_path / "nothing")
 
 
 # ---- a result is not lost, and no wrong one is made ---------------------------------------------------------------
@@ -517,7 +517,7 @@ def test_a_closed_pipe_ends_a_command_quietly(trained):
         sys.stderr = open(2, "w", closefd=False)
         code = 0
         try:
-            command(evaluate, "--table", trained.parent)
+            command(tables, trained.parent)
         except SystemExit as stop:
             code = stop.code
         finally:

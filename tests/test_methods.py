@@ -394,9 +394,10 @@ def test_a_method_resumes_bit_for_bit(method_run, tmp_path, monkeypatch):
 def test_a_methods_rows_of_ood_are_those_that_it_has(method_run):
     name, folder, _ = method_run
     model = evaluate.load_run(folder)
-    text = template_features(model.clip, model.class_names, ood.TEMPLATE)
+    methods = ood.make_methods(model.clip, model.class_names, model)
     with torch.no_grad():
-        rows, _ = ood.confidences(model.clip, images(), text, model, model.encode_prompts())
+        text_features = {name: method.encode_prompts() for name, method in methods.items()}
+        rows, _ = ood.confidences(images(), methods, text_features)
     own = {row for row in rows if not row.startswith("zero_shot")}
     assert own == ({"l_mcm"} if name == "plot" else {"mcm", "l_mcm", "gl_mcm"})
 
@@ -439,14 +440,6 @@ def test_a_methods_defaults_are_its_own(method, expected):
     assert args.items() >= expected.items()
     assert args["output_dir"] == f"runs/{method}-critters-16shot-seed1"
     assert not {"n_support", "vv_attention"} & {*args} and {*OPTIONS[method]} <= {*args}
-
-
-def test_a_run_without_a_method_is_one_of_sot_glp(trained, tmp_path):
-    checkpoint = read(trained)[2]
-    del checkpoint["config"]["method"]
-    torch.save(checkpoint, tmp_path / "last.pt")
-    assert runs.read_checkpoint(tmp_path)["config"]["method"] == "sotglp"
-    assert isinstance(evaluate.load_run(tmp_path), sotglp.SOTGLP)
 
 
 def test_an_unknown_method_is_refused_by_name(trained, tmp_path):

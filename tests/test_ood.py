@@ -176,16 +176,22 @@ def test_scores_that_are_none_or_not_finite_are_refused(metric):
 
 # ---- from pictures to scores
 
+def confidences(clip_model, images, class_names, model=None, *options):
+    """The rows of a table and the predicted classes, and the texts of its controls."""
+    methods = ood.make_methods(clip_model, class_names, model)
+    text_features = {name: method.encode_prompts() for name, method in methods.items()}
+    return *ood.confidences(images, methods, text_features, *options), text_features["vv"]
+
+
 @pytest.mark.parametrize("vv_attention", [True, False])
 def test_rows_are_the_scores_of_averaged_cosines(clip_model, vv_attention):
     model = SOTGLP(clip_model, ["red clay", "sea"], n_support=5, vv_attention=vv_attention).eval()
-    images, text = torch.randn(3, 3, 32, 32), unit(torch.randn(2, 32))
+    images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         model.local_projection.add_(0.1 * torch.randn(128, 128))
         prompts = model.encode_prompts()
-        rows, predicted = ood.confidences(clip_model, images, text, model, prompts,
-                                          temperature=0.1, local_weight=0.5)
-        alone, nearest = ood.confidences(clip_model, images, text, temperature=0.1, local_weight=0.5)
+        rows, predicted, text = confidences(clip_model, images, model.class_names, model, 0.1, 0.5)
+        alone, nearest, _ = confidences(clip_model, images, model.class_names, None, 0.1, 0.5)
         image, patches = model.encode_images(images)
         cosines = torch.einsum("bd,cgd->bcg", image, prompts[0]).mean(dim=-1)
         patch_cosines = torch.einsum("bpd,cld->bpcl", patches, prompts[1]).mean(dim=-1)
@@ -200,8 +206,10 @@ def test_rows_are_the_scores_of_averaged_cosines(clip_model, vv_attention):
 
 
 def test_controls_take_clips_own_features(clip_model):
-    images, text = torch.randn(2, 3, 32, 32), unit(torch.randn(5, 32))
-    rows, _ = ood.confidences(clip_model, images, text)
+    images = torch.randn(2, 3, 32, 32)
+    rows, _, text = confidences(clip_model, images, ["red clay", "sea", "wood"])
+    torch.testing.assert_close(text, unit(clip_model.encode_text(clip.tokenize(
+        ["a photo of a red clay", "a photo of a sea", "a photo of a wood"]))))
     cosines = unit(clip_model.encode_image(images)) @ text.T
     torch.testing.assert_close(rows["zero_shot_mcm"], ood.mcm(cosines), atol=1e-6, rtol=0)
     for row, stream in {"zero_shot_gl_mcm": "value", "zero_shot_gl_mcm_vv": "vv"}.items():
@@ -212,23 +220,24 @@ def test_controls_take_clips_own_features(clip_model):
 
 def test_the_towers_alone_run_in_mixed_precision(clip_model, monkeypatch):
     # the same tokens give the same scores, to the last digit
-    images, text = torch.randn(2, 3, 32, 32), unit(torch.randn(5, 32))
+    images = torch.randn(2, 3, 32, 32)
     tokens = clip_model.encode_patches(images)
+    methods = ood.make_methods(clip_model, ["red clay", "sea"])
+    text_features = {name: method.encode_prompts() for name, method in methods.items()}
     monkeypatch.setattr(clip_model, "encode_patches", lambda *_: tokens)
-    plain, _ = ood.confidences(clip_model, images, text)
+    plain, _ = ood.confidences(images, methods, text_features)
     with machine.autocast("bf16", "cpu"):
-        half, _ = ood.confidences(clip_model, images, text)
+        half, _ = ood.confidences(images, methods, text_features)
     assert all(torch.equal(half[row], plain[row]) for row in plain)
 
 
 def test_scores_of_a_picture_do_not_depend_on_its_batch(clip_model):
     model = SOTGLP(clip_model, ["red clay", "sea"], n_support=5).eval()
-    images, text = torch.randn(5, 3, 32, 32), unit(torch.randn(2, 32))
+    images = torch.randn(5, 3, 32, 32)
     with torch.no_grad():
-        prompts = model.encode_prompts()
-        together, _ = ood.confidences(clip_model, images, text, model, prompts)
+        together, _, _ = confidences(clip_model, images, model.class_names, model)
         for i, image in enumerate(images):
-            alone, _ = ood.confidences(clip_model, image[None], text, model, prompts)
+            alone, _, _ = confidences(clip_model, image[None], model.class_names, model)
             for row in together:
                 torch.testing.assert_close(alone[row][0], together[row][i], atol=1e-6, rtol=0)
 

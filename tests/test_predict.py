@@ -37,11 +37,11 @@ def table(path):
 def test_probabilities_by_hand():
     # softmax of (log 1, log 2, log 5) is (1/8, 2/8, 5/8), of (log 3, log 1, log 4) it is (3/8, 1/8, 4/8)
     fused, other = torch.tensor([[1., 2., 5.], [4., 3., 1.]]).log(), torch.tensor([[3., 1., 4.], [3., 1., 4.]]).log()
-    (top, by_score), (second, _) = predict.likeliest({"fused": fused, "global": other}, top=2)
+    (top, by_score), (second, _) = predict.likeliest(fused, {"fused": fused, "global": other}, top=2)
     assert [label for label, _ in top] == [2, 1] and [p for _, p in top] == pytest.approx([5 / 8, 2 / 8])
     assert by_score == pytest.approx({"fused": 5 / 8, "global": 4 / 8})              # both of class 2
     assert [label for label, _ in second] == [0, 1]
-    (top, by_score), _ = predict.likeliest({"only": fused})                          # a method with a single score
+    (top, by_score), _ = predict.likeliest(fused, {"only": fused})                          # a method with a single score
     assert len(top) == 3 and [*by_score] == ["only"]
 
 
@@ -49,7 +49,7 @@ def test_calibration_error_by_hand():
     # 15 bins of 1/15. 0.62 and 0.66 share bin (9/15, 10/15]: mean 0.64, one of two right: gap 0.14, two images.
     # 0.61 is in it too: then mean 0.63, 2/3 right: gap 0.11/3 each. 1.0: right, gap 0. 0.3: wrong, gap 0.3.
     def said(*probabilities):
-        return [([(0, p)], {}) for p in probabilities]
+        return [predict.Prediction([(0, p)], {}) for p in probabilities]
 
     assert evaluate.calibration_error(said(0.62, 0.66), [0, 1]) == pytest.approx(0.14)
     assert evaluate.calibration_error(said(0.62, 0.66, 0.61, 1.0, 0.3), [0, 1, 0, 0, 1]) == pytest.approx(
@@ -167,7 +167,7 @@ def test_every_part_of_a_run_reads_pictures_as_people_see_them(options, pictures
     class Spy(data.Pictures):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
-            own.append(self.own)
+            own.append(self.as_people_see)
 
     monkeypatch.setattr(data, "Pictures", Spy)
     monkeypatch.setattr(folders, "remarks", lambda root: [f"a remark on {root}"])
@@ -237,17 +237,6 @@ def test_a_picture_that_was_trained_on_never_counts_in_a_test(flat_run, tmp_path
     kept = {row["path"] for row in table(tmp_path / "ood.csv") if row["set"] == "ID"}
     assert kept == {path for path, *_ in lists["test"]} - trained
     assert "they are left out" in capsys.readouterr().out
-
-
-def test_a_run_of_an_earlier_version_is_read_and_said_to_know_less(trained, tmp_path, capsys):
-    run, checkpoint = copy(trained, tmp_path / "run"), read(trained)[2]
-    del checkpoint["training"]
-    for name in ("held_out", "template", "activation", "test_split"):
-        del checkpoint["config"][name]
-    torch.save(checkpoint, run / "last.pt")
-    command(run)
-    assert "is of an earlier version" in capsys.readouterr().out
-    assert json.loads((run / "evaluation.json").read_text())["accuracy"] == read(trained)[0]["accuracy"]
 
 
 def test_a_split_of_nothing_but_training_pictures_is_refused(trained, pictures, tmp_path):

@@ -250,7 +250,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(base_run, own_options, tmp_pat
 
 def test_base_to_new_tests_the_same_prompts_on_the_other_classes(base_run, tmp_path, capsys):
     run = copy(base_run, tmp_path / "run")
-    evaluate.main(evaluate.parse_args(["--base-to-new", str(run)]))
+    tables.main(tables.parse_args(["--base-to-new", str(run)]))
     accuracy = read(run)[0]["accuracy"]
     # of the classes "red clay", "sea", "wood" only the last one is new: it cannot be missed
     mean = 2 * accuracy * 100 / (accuracy + 100)

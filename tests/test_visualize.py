@@ -156,10 +156,10 @@ def test_scales_rise_in_lightness_so_that_grey_print_keeps_their_order(scale):
 
 def test_a_method_without_patches_gets_picture_and_bars(white_square):
     class Method(SimpleNamespace):
-        def __call__(self, images, texts):
+        def __call__(self, images, drawn, text_features):
             return self.answer
     scores, texts = torch.tensor([[2.0, 1.0]]), torch.rand(2, 32)
-    method = Method(scores=lambda outputs: {"text": outputs}, answer=scores, class_names=["sea", "red_clay"],
+    method = Method(scores=lambda outputs: {"text": outputs}, logits=lambda outputs: outputs, answer=scores, class_names=["sea", "red_clay"],
                     cosines=lambda images, texts: (scores, None))
     seen = visualize.look(method, white_square[0][None], texts)
     assert seen.label == 0 and seen.similarity is seen.support is seen.plan is None
