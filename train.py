@@ -323,19 +323,22 @@ def diagnose(run, images, labels):
 
 
 def finish_epoch(run, epoch, fields):
-    """A line on the screen, then last.pt and the log, which has more. Raises ValueError on a loss that is no number."""
+    """last.pt and the log, which has more, then a line on the screen. Raises ValueError on a loss that is no number."""
     fields = {"epoch": epoch + 1, **fields}
     losses = [name for name in fields if name.endswith("_loss")]
     terms = ", ".join(f"{name.removesuffix('_loss')} {fields[name]:.4f}" for name in losses)
-    left = fields["seconds"] * (run.args.epochs - epoch - 1)
-    print("epoch {epoch:3d}  loss {loss:.4f} ({terms})  train {train_accuracy:5.1f} %  lr {lr:.2e}  "
-          "{seconds:.1f} s  left {left:.0f} s".format(terms=terms, left=left, **fields), flush=True)
     if not math.isfinite(fields["loss"]):
         raise ValueError(f"epoch {epoch + 1}: loss {fields['loss']} ({terms}): try a smaller --lr, or --amp off; "
                          "last.pt, if there is one, holds the epoch before")
     run.log.append(fields)
     save_checkpoint(run)
     write_log(run)
+
+    # why last: what is printed is saved
+    skipped = f"skipped steps {fields['skipped_steps']}  " if "skipped_steps" in fields else ""
+    left = fields["seconds"] * (run.args.epochs - epoch - 1)
+    print("epoch {epoch:3d}  loss {loss:.4f} ({terms})  train {train_accuracy:5.1f} %  {skipped}lr {lr:.2e}  "
+          "{seconds:.1f} s  left {left:.0f} s".format(terms=terms, skipped=skipped, left=left, **fields), flush=True)
 
 
 def save_checkpoint(run):

@@ -46,6 +46,9 @@ ROWS = {"zero_shot": ("zero-shot CLIP", None, "CLIP"), "linear_probe": ("linear 
         "plot": ("PLOT on patches", ["--method", "plot"], ""),     # why none: Table 1's PLOT is PLOT++
         "locoop": ("LoCoOp", ["--method", "locoop"], "LoCoOp"), "gallop": ("GalLoP", ["--method", "gallop"], "GalLoP"),
         "sotglp": ("SOT-GLP", ["--method", "sotglp"], "SOT-GLP")}
+# The rows that take long, trained where --methods names them, or all.
+SLOW = {"cocoop": ("CoCoOp", ["--method", "cocoop"], "CoCoOp"), "maple": ("MaPLe", ["--method", "maple"], "MaPLe"),
+        "promptsrc": ("PromptSRC", ["--method", "promptsrc"], "PromptSRC")}
 # The rows of --classes base.
 BASE_ROWS = {"zero_shot": ROWS["zero_shot"], "coop": ROWS["coop"],
              "ivlp": ("IVLP", ["--method", "promptot", "--lambda-transport", "0"], ""),
@@ -285,7 +288,7 @@ def print_table(args, table):
             cells = [evaluate.mean_and_spread(values.get(column, []))
                      for column in ("accuracy", "mcm", "l_mcm", "gl_mcm", "s/epoch")]
             cells.append(f"{values['parameters'][0]:,}" if values else "")
-            cells += [printed.get(ROWS[row][2], "")] if printed else []
+            cells += [printed.get(args.rows[row][2], "")] if printed else []
             print(f"{args.rows[row][0]:26s}" + "".join(f"{cell:>16}" for cell in cells))
     print("\nA method's epochs, rate and batch are its own (train.py --method NAME --help). An OOD cell is empty where "
           "a method has no such score.")
@@ -419,8 +422,15 @@ def parse_args(argv=None):
     args, args.more = parser.parse_known_args(argv)
     if args.ablations and args.classes == "base":
         parser.error("--ablations and --classes base do not go together")
-    args.rows = ABLATIONS if args.ablations else BASE_ROWS if args.classes == "base" else ROWS
-    args.methods = args.methods or [*args.rows]
+    if args.ablations:
+        args.rows, usual = ABLATIONS, [*ABLATIONS]
+    elif args.classes == "base":
+        args.rows, usual = {**BASE_ROWS, **SLOW}, [*BASE_ROWS]
+    else:
+        args.rows, usual = {**ROWS, **SLOW}, [*ROWS]
+    args.methods = args.methods or usual
+    if args.methods == ["all"]:
+        args.methods = [*args.rows]
     # why apart: evaluate.py --table averages what is in runs/, and runs there may have other threads than these
     args.output_dir = args.output_dir or ("ablations" if args.ablations else "comparison")
     unknown = {*args.methods} - {*args.rows}

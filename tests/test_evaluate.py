@@ -12,6 +12,7 @@ from torch import nn
 
 import clip
 from extras import tables
+import data
 import evaluate
 from harness import machine, runs
 import sotglp
