@@ -311,7 +311,7 @@ def check_together(parser, args):
 @machine.plain_errors()
 def main(args):
     """Zero-shot accuracy, one's own pictures, or the accuracies of runs."""
-    machine.check_device(args.device, args.amp or "off")
+    machine.use_device(args.device, args.amp or "off")
     if args.csv:
         runs.check_csv(args.csv)
         Path(args.csv).parent.mkdir(parents=True, exist_ok=True)

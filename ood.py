@@ -336,7 +336,7 @@ def find_pictures(args, checkpoint):
 def main(args):
     """Finds the pictures, scores each once, prints the table and writes it."""
     start = time.time()
-    machine.check_device(args.device, args.amp)
+    machine.use_device(args.device, args.amp)
     if args.csv:
         runs.check_csv(args.csv)
     checkpoint = runs.read_checkpoint(args.run) if args.run else {"config": {

@@ -400,7 +400,8 @@ def main(args):
 
 def train(args):
     """Set up, train epoch by epoch, test once."""
-    check_args(args, int(os.environ.get("WORLD_SIZE", 1)))
+    _, world = machine.rank_and_world()
+    check_args(args, world)
     rank, world, device = machine.start_processes(args)
     run = set_up(args, rank, world, device)
     if run.epochs_done == args.epochs and (run.folder / "result.json").exists():

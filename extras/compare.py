@@ -188,7 +188,7 @@ def missing(job):
 def run_job(job, threads):
     """Runs what is missing of a job, its output in RUN/output.txt -> the error's last line, or "" without error."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
+    environment = machine.alone() | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     for command in missing(job):
         with open(job.folder / "output.txt", "a", encoding="utf-8") as file:
             process = subprocess.run([sys.executable, *command], cwd=Path(__file__).parent.parent, stdout=file,
@@ -471,8 +471,10 @@ def how_to_go_on():
 @machine.plain_errors(how_to_go_on)
 def main(args):
     """The runs, what is missing of them, the table."""
-    machine.check_device(args.device)
+    machine.refuse_torchrun()
+    machine.check_device(args.device, n_processes=1)
     if args.weights:
+        machine.use_device(args.device)
         return score_weights(args.weights, args.device)
     jobs = make_jobs(args)
     on_gpu = args.device.startswith("cuda")

@@ -66,7 +66,7 @@ def configuration(args):
 def main(args):
     """Features, the search for c, the fit, the test."""
     started, folder = time.time(), Path(args.output_dir)
-    machine.check_device(args.device)
+    machine.use_device(args.device)
     config = configuration(args)
     runs.check_free(folder, config, overwrite=args.overwrite)
     train, val, test, class_names = data.load(args.dataset, args.data_root, args.shots, args.split_seed)

@@ -183,7 +183,7 @@ def parse_args(argv=None):
 @machine.plain_errors()
 def main(args):
     """The tables, or base to new."""
-    machine.check_device(args.device, args.amp or "off")
+    machine.use_device(args.device, args.amp or "off")
     if args.folder:
         print_tables(args.folder)
     else:

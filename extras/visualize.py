@@ -460,7 +460,7 @@ def main(args):
 
     if args.curves:
         return save("curves", curves({run: read_curves(run) for run in args.runs}))
-    machine.check_device(args.device)
+    machine.use_device(args.device)
     checkpoint = runs.read_checkpoint(run)
     config, class_names = checkpoint["config"], checkpoint["class_names"]
     if args.batch:

@@ -45,24 +45,59 @@ def default_workers(device):
     """How many processes read pictures for each that computes, where none are named: up to 8 on a GPU, else none."""
     # why not all CPUs of the machine: a cluster allows a job some of them
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if device.startswith("cuda") else 0
+    return min(8, cpus // from_environment("LOCAL_WORLD_SIZE", 1)) if device.startswith("cuda") else 0
 
 
-def check_device(name, amp="off"):
-    """Raises ValueError for a device that does not exist here, and for a precision that it lacks."""
+def check_device(name, amp="off", n_processes=None):
+    """Raises ValueError for a device that does not exist here, and for a precision that it lacks.
+
+    n_processes: how many processes of this machine need one each; as many as torchrun started here where None.
+    """
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {name!r} is unknown: give cpu, cuda, or cuda:1 for the second GPU")
-    gpus = torch.cuda.device_count() if device.type == "cuda" and torch.cuda.is_available() else 0
-    needed = max((device.index or 0) + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if device.type == "cuda" and gpus < needed:
-        raise ValueError(f"--device {name} needs {needed} GPU(s), one for each process, torch sees {gpus}: give "
-                         "--device cpu, or start fewer processes")
     if usable_amp(amp, name) != amp:
         raise ValueError("--amp fp16 needs a GPU (on CPU it is many times slower than float32): use bf16 or off")
+    if device.type == "cpu":
+        return
+
+    if n_processes is None:
+        n_processes = from_environment("LOCAL_WORLD_SIZE", 1)
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    n_needed = max((device.index or 0) + 1, n_processes)
+    if n_gpus < n_needed:
+        raise ValueError(f"--device {name} needs {n_needed} GPU(s), one for each process, torch sees {n_gpus}: give "
+                         "--device cpu, or start fewer processes")
+    # why not as torch says: it takes an emulation for support, which is slower than float32
+    if amp == "bf16" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        raise ValueError(f"--amp bf16 needs a GPU of compute capability 8.0 or higher, {name} has "
+                         f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}: give --amp fp16 or off")
+
+
+def use_device(name, amp="off"):
+    """Checks and sets up the device of a command that works as one process -> torch.device.
+
+    Raises ValueError as `check_device` and `refuse_torchrun`.
+    """
+    refuse_torchrun()
+    check_device(name, amp, n_processes=1)
+    device = torch.device(name)
+    return set_up_gpu(device.index or 0) if device.type == "cuda" else device
+
+
+def set_up_gpu(index):
+    """Makes a GPU the current one, and settles how torch computes on it -> torch.device."""
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)         # why: what names no GPU, result.json among it, means this one
+    # why: cuDNN's attention makes a plan for each new shape, which takes about half a second; texts have many lengths
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # why: --amp off means float32, of which TF32 keeps 10 of 23 bits
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    return device
 
 
 def usable_amp(amp, device):
@@ -98,7 +133,92 @@ def versions():
             "cuda": torch.version.cuda if gpu else None,
             "gpu": torch.cuda.get_device_name() if gpu else None}
 
+
 # ---- processes ---------------------------------------------------------------------------------------------
+
+WAIT = timedelta(minutes=60)    # for the other processes, when they start and in every step
+
+
+def start_processes(args):
+    """Joins the processes that work together, as torchrun starts them -> rank, world size, device.
+
+    Of a machine's GPUs each process takes that of its LOCAL_RANK, or the only one that it sees.
+    """
+    rank, world = rank_and_world()
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        device = set_up_gpu(device.index or 0 if world == 1 else own_gpu(device))
+    if world > 1:
+        join(rank, world, device)
+    return rank, world, device
+
+
+def rank_and_world():
+    """The number of this process and how many there are, from RANK and WORLD_SIZE; 0, 1 alone.
+
+    Raises ValueError where the environment says that there are others, but not how to find them.
+    """
+    world = from_environment("WORLD_SIZE", 1)
+    if world < 2:
+        return 0, 1
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise ValueError(f"WORLD_SIZE={world} says that {world} processes work together, but {', '.join(missing)} is "
+                         "not set: start them with torchrun, or unset WORLD_SIZE")
+    rank = from_environment("RANK")
+    if rank >= world:
+        raise ValueError(f"RANK={rank} must be below WORLD_SIZE={world}")
+    return rank, world
+
+
+def from_environment(name, default=0):
+    """A number of processes, or that of one. Raises ValueError for what is no whole number."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise ValueError(f"{name}={text!r} in the environment is not the number that torchrun sets: unset it")
+    return int(text)
+
+
+def under_torchrun():
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def refuse_torchrun():
+    """Raises ValueError where torchrun started a command several times that works as one process."""
+    if under_torchrun() and from_environment("WORLD_SIZE", 1) > 1:
+        raise ValueError("this command works as one process: start it with python, not with torchrun")
+
+
+def own_gpu(device):
+    """The index of the GPU of one of several processes. Raises ValueError where nothing says which it is."""
+    n_gpus = torch.cuda.device_count()
+    if device.index is not None:
+        raise ValueError(f"--device {device} is one GPU for several processes: give --device cuda")
+    if n_gpus == 1:                       # why: srun shows each of its tasks one GPU, which then has the number 0
+        return 0
+    if "LOCAL_RANK" not in os.environ:
+        raise ValueError(f"LOCAL_RANK is not set, and this process sees {n_gpus} GPUs: set it to the number of the "
+                         "process on its machine, or show each process one GPU by CUDA_VISIBLE_DEVICES")
+    index = from_environment("LOCAL_RANK")
+    if index >= n_gpus:
+        raise ValueError(f"LOCAL_RANK={index} asks for GPU {index} of this machine, torch sees {n_gpus}")
+    return index
+
+
+def join(rank, world, device):
+    """Waits until all processes are there. Raises OSError where they do not come."""
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if under_torchrun():
+        end_with_parent()
+    else:                                 # why: who started them by hand may have forgotten one, or an old WORLD_SIZE
+        print(f"process {rank} of {world} waits at {place} for the others, up to {WAIT.seconds // 60} minutes",
+              flush=True)
+    # why gloo: NCCL does not exist on Windows
+    backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=WAIT)
+    except dist.DistError as error:
+        raise OSError(f"the {world} processes did not meet at {place}: {str(error).splitlines()[0]}") from error
 
 
 def end_with_parent():
@@ -111,6 +231,13 @@ def end_with_parent():
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def alone():
+    """The environment for a command that works alone, whatever this process belongs to."""
+    of_a_group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
+    return {name: value for name, value in os.environ.items() if name not in of_a_group}
+
 
 # ---- what every script prints and writes with --------------------------------------------------------------
 
@@ -138,7 +265,9 @@ def plain_errors(hint=""):
     a run: a character that the terminal does not know is escaped, and a closed pipe (`| head -1`) ends the program
     quietly.
     """
-    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    # why not `rank_and_world`: what is wrong with these variables is an error like others
+    of_several = os.environ.get("WORLD_SIZE", "1") not in ("", "1") and os.environ.get("RANK")
+    rank = f"rank {os.environ['RANK']}: " if of_several else ""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -207,16 +336,3 @@ def check_writable(folder):
     if not os.access(folder, os.W_OK):
         raise OSError(f"{folder} is read-only here: results are written into it, so copy it to where they can be")
 
-
-def start_processes(args):
-    """Joins the processes that torchrun started -> rank, world size, device; alone without torchrun."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if world > 1 else device
-        torch.cuda.set_device(device)                    # why: what names no GPU, result.json among it, means this one
-    if world > 1:
-        end_with_parent()
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=60))
-    return rank, world, device

@@ -69,6 +69,10 @@ def parse_args(argv=None, description=None):
     machine.refuse_empty(parser, args)
     if unknown:
         parser.error(f"{args.method} has no {' '.join(unknown)}: --method {args.method} --help lists what it has")
+    with machine.plain_errors():
+        restarted = machine.from_environment("TORCHELASTIC_RESTART_COUNT")
+    if restarted and not args.overwrite:                 # why: torchrun gave the same command again, after a failure
+        args.resume = args.resume or True
     fill_in(args, is_new=not saved)
     args.output_dir = str(args.output_dir or folder_name(vars(args), vars(parser.parse_args([]))))
     if args.warmup_epochs < math.inf:                    # else check_args refuses it

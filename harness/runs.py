@@ -12,6 +12,7 @@
 Read it from `load_run` (from a folder to a model) through the checks to the pictures of a run.
 """
 
+import errno
 import fnmatch
 import hashlib
 import itertools
@@ -29,6 +30,8 @@ import data
 from clip.weights import check_archive
 from methods import METHODS, OPTIONS
 
+# What a file system without locks answers, such as some NFS and Lustre mounts.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 # What a run writes beside last.pt, log.jsonl and lock, as patterns.
 REPORTS = ("result.json", "per_class.csv", "evaluation*.json", "evaluation*.csv", "ood.json", "weights.json")
 # What last.pt contains; training: the paths of the training pictures below the root.
@@ -209,6 +212,12 @@ def lock(folder, patience=2.0):
                 raise OSError(f"process {file.read() or 'unknown'} writes to {folder}: wait for its end, or name "
                               "another --output-dir") from None
             time.sleep(0.1)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(f"note: {folder} is on a file system without locks: nothing keeps other processes out of it",
+                  flush=True)
+            break
     file.truncate(0)
     print(os.getpid(), end="", file=file, flush=True)
     for left in Path(folder).glob("*.tmp*"):
