@@ -8,7 +8,6 @@ datasets there are, and where their pictures come from, is in sources/. A pictur
 name)` everywhere.
 """
 
-import argparse
 import functools
 import os
 import random
@@ -21,8 +20,8 @@ import numpy
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
-from torchvision import transforms
 
+from harness.parser import Parser
 from sources import DATASETS, choose_classes, critters, files, folders, read_lists, split_matches_published
 
 TEST_BATCH = 32      # why no more: the activations of a larger batch leave a processor's cache
@@ -181,6 +180,7 @@ def as_seen(image):
 
 def train_transform(preprocess):
     """CLIP's test transform -> the one for training: random crop and flip in place of resize and centre crop."""
+    from torchvision import transforms  # why here: as in clip.preprocess
     _, centre_crop, *tail = preprocess.transforms       # tail: to RGB, to tensor, minus mean over deviation
     crop = transforms.RandomResizedCrop(centre_crop.size, scale=(0.08, 1),
                                         interpolation=transforms.InterpolationMode.BICUBIC)
@@ -288,8 +288,8 @@ def test_batches(items, dataset, resolution, workers=0, device="cpu", rank=0, wo
 
 def parse_args(argv=None):
     """The options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(
+        "python data.py --dataset NAME {--download,--check} [options]", __doc__,
         epilog="--download leaves alone what is there. If --check then finds images missing, an earlier download was\n"
                "interrupted: remove the picture folder and start again. sun397 is 37 GB. The pictures of imagenet,\n"
                "stanford_cars and ucf101 must be downloaded by hand: --download says where.")

@@ -11,7 +11,6 @@ RUN/evaluation.json and RUN/evaluation.csv keep the numbers; what training wrote
 `count_correct` (one pass over the pictures) through `test` (a split) to `main`.
 """
 
-import argparse
 import statistics
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ import torch.distributed as dist
 
 import data
 from harness import machine, runs
+from harness.parser import Parser
 from harness.predict import csv_row, likeliest, name_files, predict
 from harness.runs import load_run
 from methods.zero_shot import ZeroShot
@@ -261,7 +261,7 @@ def report_zero_shot(args):
 
 def parse_args(argv=None):
     """The options, checked for what goes together."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python evaluate.py [RUN ...] [options]", __doc__)
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="folders that train.py wrote")
     add("--images", nargs="+", metavar="PATH", help="pictures, or folders of pictures, to name with the one RUN given")
@@ -270,7 +270,7 @@ def parse_args(argv=None):
     add("--classes", choices=("new",), help="test a RUN of train.py --classes base on the classes that it lacks")
     add("--on", choices=sorted(data.DATASETS), metavar="NAME", help="test a RUN on the pictures of another dataset")
     add("--zero-shot", action="store_true", help="score the template; shows a wrong class order")
-    add("--dataset", choices=sorted(data.DATASETS), help="for --zero-shot (critters)")
+    add("--dataset", choices=data.DATASETS, metavar="NAME", help="for --zero-shot (critters)")
     add("--model", help="for --zero-shot: a CLIP name or file (tiny for critters, else ViT-B/16)")
     add("--activation", choices=clip.ACTIVATIONS, help="for --zero-shot with a file: that of its towers (quickgelu)")
     add("--template", metavar="TEXT", help="for --zero-shot: a prompt with {} for the class name (the dataset's own)")
@@ -284,7 +284,7 @@ def parse_args(argv=None):
     if not (args.runs or args.zero_shot):
         parser.error("name at least one RUN, or --zero-shot --dataset NAME")
     check_together(parser, args)
-    machine.refuse_empty(parser, args)
+    parser.refuse_empty(args)
     args.split = args.split or "test"
     args.dataset = args.dataset or "critters"
     args.workers = machine.default_workers(args.device) if args.workers is None else args.workers

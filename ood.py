@@ -9,7 +9,6 @@ Every score is a confidence: higher means more in-distribution. Read it from the
 through the sets of pictures to `confidences`, which makes the rows of the table from a batch.
 """
 
-import argparse
 import math
 import os
 import statistics
@@ -23,6 +22,7 @@ import torch
 import paper
 import data
 from harness import machine, runs
+from harness.parser import Parser
 from methods import METHODS
 from methods.zero_shot import ZeroShot
 from sources import critters
@@ -272,8 +272,8 @@ def csv_rows(sets, scores, predicted, row, class_names):
 
 def parse_args(argv=None):
     """The options, checked for what goes together."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(
+        "python ood.py [RUN] [options]", __doc__,
         epilog=f"For ImageNet, {SOURCES}.\n"
                "Look at the zero-shot rows first: where they are far from the published values, a set or the class\n"
                "order is wrong, and no gain above them means anything. Textures is every picture of DTD, and SUN has\n"
@@ -281,7 +281,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("run", nargs="?", metavar="RUN", help="a folder that train.py wrote; its own test split is ID")
     add("--zero-shot", action="store_true", help="only the rows of CLIP without learning, no RUN needed")
-    add("--dataset", choices=sorted(data.DATASETS), help="for --zero-shot: whose test split is ID (critters)")
+    add("--dataset", choices=data.DATASETS, metavar="NAME", help="for --zero-shot: whose test split is ID (critters)")
     add("--model", help="for --zero-shot: a CLIP name or file (tiny for critters, else ViT-B/16)")
     add("--data-root", help="folder of the datasets; for ImageNet also of the OOD sets, or of ood_data with them "
         "(the run's own, else $DATA_ROOT, else ./data)")
@@ -296,7 +296,7 @@ def parse_args(argv=None):
     add("--workers", type=int, help="processes that read pictures (up to 8 on CUDA, 0 on CPU)")
     add("--amp", choices=("off", *machine.HALF), help="mixed precision of the towers (fp16 on CUDA, off on CPU)")
     args = parser.parse_args(argv)
-    machine.refuse_empty(parser, args)
+    parser.refuse_empty(args)
     args.workers = machine.default_workers(args.device) if args.workers is None else args.workers
     args.amp = args.amp or machine.default_amp(args.device)
     if bool(args.run) == args.zero_shot:

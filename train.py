@@ -12,6 +12,11 @@ be saved.
 Read it from `main`: set up, train epoch by epoch, test once.
 """
 
+from harness.options import parse_args
+
+if __name__ == "__main__":
+    ARGS = parse_args(description=__doc__)    # why before the imports: --help and a wrong option need no torch
+
 import argparse
 import contextlib
 import json
@@ -34,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import evaluate
 from harness import machine, runs
-from harness.options import check_args, configuration, parse_args, unusual
+from harness.configuration import check_args, configuration, unusual
 from sources import folders
 
 
@@ -428,4 +433,4 @@ def train(args):
 
 
 if __name__ == "__main__":
-    main(parse_args(description=__doc__))
+    main(ARGS)

@@ -17,7 +17,6 @@ from urllib.request import urlopen
 
 import torch
 import torch.distributed as dist
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
 from .model import Block
 from .weights import build_model, read_state_dict
@@ -94,6 +93,8 @@ def run_archive(path):
 
 def preprocess(resolution):
     """CLIP's test transform: a PIL image -> (3, resolution, resolution) float32, normalised."""
+    # why here: it takes as long as torch itself, and --help or a wrong option should not wait for it
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
     return Compose([Resize(resolution, InterpolationMode.BICUBIC), CenterCrop(resolution), to_rgb, ToTensor(),
                     Normalize(MEAN, STD)])
 

@@ -32,6 +32,7 @@ from sources import files
 import evaluate
 import ood
 from harness import machine, runs
+from harness.parser import Parser
 import train
 import paper
 from extras import linear_probe
@@ -399,8 +400,7 @@ def print_ablation_table(heading, rows):
 
 def parse_args(argv=None):
     """The options; what is not among them goes to train.py and is checked there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = Parser("python -m extras.compare [options] [options of train.py]", __doc__)
     add = parser.add_argument
     add("--dataset", nargs="+", choices=sorted(data.DATASETS), default=["critters"], metavar="NAME",
         help="datasets, a table for each (critters)")

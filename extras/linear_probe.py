@@ -8,7 +8,6 @@ equations. The weight of its penalty is chosen on the validation shots; the test
 run's folder gets the result.json of train.py.
 """
 
-import argparse
 import time
 from pathlib import Path
 
@@ -19,7 +18,8 @@ import torch
 import data
 import evaluate
 from harness import machine, runs
-from harness.options import folder_name
+from harness.configuration import folder_name
+from harness.parser import Parser
 from methods.linear_probe import LinearProbe, fit, search
 
 
@@ -34,9 +34,9 @@ def image_features(clip_model, items, args):
 
 def parse_args(argv=None):
     """The options, under the names that train.py gives them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m extras.linear_probe [options]", __doc__)
     add = parser.add_argument
-    add("--dataset", choices=sorted(data.DATASETS), default="critters", help="critters needs no files (%(default)s)")
+    add("--dataset", choices=data.DATASETS, metavar="NAME", default="critters", help="critters needs no files (%(default)s)")
     add("--data-root", help="folder that holds the datasets' folders ($DATA_ROOT, else ./data)")
     add("--model", help="a CLIP name or a weights file (tiny for critters, else ViT-B/16)")
     add("--shots", type=int, default=16, help="training images per class (%(default)s)")
@@ -48,7 +48,7 @@ def parse_args(argv=None):
         "options that are not the usual ones)")
     add("--overwrite", action="store_true", help="replace the run that the output folder holds")
     args = parser.parse_args(argv)
-    machine.refuse_empty(parser, args)
+    parser.refuse_empty(args)
     args.model = clip.full_name(args.model or machine.default_model(args.dataset))
     with machine.plain_errors():
         args.data_root = data.find_root(args.dataset, args.data_root)

@@ -11,7 +11,6 @@ On Linux set MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=8000000000
 keeps the memory of large tensors instead of returning it, and a step takes half the time or less.
 """
 
-import argparse
 import gzip
 import io
 import math
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import clip
+from harness.parser import Parser
 from sources import critters
 from clip import CLIP, tokenize
 from clip.loader import MEAN, STD
@@ -371,7 +371,7 @@ def evaluate(path, split):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser("python -m extras.pretrain_tiny [options]", __doc__)
     p.add_argument("--output", default="tiny.pt.gz", help="the weights; OUTPUT.resume beside it is to go on from")
     p.add_argument("--steps", type=int, default=5000, help="length of the run and of its cosine schedule")
     p.add_argument("--pool", type=int, default=50000, help="how many pictures are drawn, before the first step")

@@ -4,13 +4,13 @@
     python -m extras.tables --base-to-new runs/coop-eurosat-base-*    trained with --classes base, tested on all classes
 """
 
-import argparse
 import statistics
 from pathlib import Path
 
 import paper
 from evaluate import evaluate_run, mean_and_spread, read_alike
 from harness import machine, runs
+from harness.parser import Parser
 from methods import METHODS
 
 
@@ -161,7 +161,7 @@ def base_new_cells(pairs):
 
 def parse_args(argv=None):
     """The options, checked for what goes together."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m extras.tables [folder] [options]", __doc__)
     add = parser.add_argument
     add("folder", nargs="?", help="the folder below which the runs are, for Tables 1 and 4")
     add("--base-to-new", nargs="+", metavar="RUN",
@@ -171,7 +171,7 @@ def parse_args(argv=None):
     add("--workers", type=int, help="processes that read pictures (up to 8 on CUDA, 0 on CPU)")
     add("--amp", choices=("off", *machine.HALF), help="mixed precision (a run's own)")
     args = parser.parse_args(argv)
-    machine.refuse_empty(parser, args)
+    parser.refuse_empty(args)
     if bool(args.folder) == bool(args.base_to_new):
         parser.error("name either the folder of the runs, or --base-to-new and runs")
     if args.folder and (args.data_root or args.workers is not None or args.amp):

@@ -11,7 +11,6 @@ patches or a plan gets the panels that it has. Before them come the panels thems
 them together, `sheet` puts them under a title.
 """
 
-import argparse
 import difflib
 import functools
 import math
@@ -28,6 +27,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import data
 from harness import machine, runs
+from harness.parser import Parser
 from clip.loader import MEAN, STD
 from methods import METHODS
 from sotglp import SOTGLP, saliency, sparse_transport
@@ -429,7 +429,7 @@ def check_picture_options(parser, args):
 
 def parse_args(argv=None):
     """The options, checked for what goes together."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m extras.visualize RUN [RUN ...] [options]", __doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="a folder that train.py wrote; several with --curves")
     mode = parser.add_mutually_exclusive_group()

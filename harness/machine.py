@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 import clip  # before torch: it bounds how long torch's threads wait
@@ -19,7 +20,6 @@ import numpy
 import PIL
 import torch
 import torch.distributed as dist
-import torchvision
 
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -128,7 +128,7 @@ def commit():
 def versions():
     """What the numbers of a run may depend on besides its configuration."""
     gpu = torch.cuda.is_available()
-    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": version("torchvision"),
             "numpy": numpy.__version__, "pillow": PIL.__version__, "commit": commit(),
             "cuda": torch.version.cuda if gpu else None,
             "gpu": torch.cuda.get_device_name() if gpu else None}
@@ -286,13 +286,6 @@ def plain_errors(hint=""):
         if "can't allocate memory" not in str(error):    # torch's words on a CPU
             raise
         sys.exit(f"{rank}error: out of memory: {str(error).splitlines()[0]}")
-
-
-def refuse_empty(parser, args):
-    """Ends the program where an option was given an empty text, which else would count as not given."""
-    # why not device: it has a message of its own
-    for name in (name for name, value in vars(args).items() if value in ("", [""]) and name != "device"):
-        parser.error(f"--{name.replace('_', '-')} is empty")
 
 
 def write_whole(path, write):

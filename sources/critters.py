@@ -10,7 +10,6 @@ and stands in captions; a mask says where it is.
 Each picture has its own random.Random: it depends on its seed, not on what was drawn before.
 """
 
-import argparse
 import functools
 import math
 import random
@@ -20,6 +19,8 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from harness.parser import Parser
 
 SIZE = 64                                             # of a picture; drawn at twice that, for smooth edges
 
@@ -445,7 +446,7 @@ def sheet():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Draws one picture of each class into a file.")
+    parser = Parser("python -m sources.critters --output FILE", "Draws one picture of each class into a file.")
     parser.add_argument("--output", metavar="FILE", required=True, help="a name that ends in .png")
     output = parser.parse_args(argv).output
     try:

@@ -17,9 +17,7 @@ import urllib.error
 import urllib.request
 from multiprocessing.pool import ThreadPool
 
-from clip.loader import chunks  # before torch, see clip/__init__.py
 
-import torchvision
 
 GITHUB = "https://raw.githubusercontent.com"
 SPLITS = (f"{GITHUB}/linzhiqiu/cross_modal_adaptation/ac9077ee4e422f768c9b9109551468605e33ec9a/splits",
@@ -110,6 +108,7 @@ def fetch(addresses, path, expected):
 
     The file gets its name only when it is complete and right. Raises OSError that says what went wrong at each address.
     """
+    from clip.loader import chunks  # why here: it needs torch, and whoever asks for the names of datasets does not
     faults = []
     for address in addresses:
         try:
@@ -138,6 +137,7 @@ def download(name, row, root):
     if name in BY_HAND:
         print(f"{name}: the pictures must be downloaded by hand\n" + tree(name, row, root), flush=True)
     elif not os.path.isdir(locate(row, root)[1]):
+        import torchvision  # why here: as in clip.preprocess
         print(f"{name}: torchvision downloads the pictures into {root}", flush=True)
         try:
             getattr(torchvision.datasets, TORCHVISION[name])(root, download=True)

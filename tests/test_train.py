@@ -16,7 +16,7 @@ import clip
 import data
 import evaluate
 import ood
-from harness import machine, options, runs
+from harness import configuration, machine, runs
 import sotglp
 import train as script
 from conftest import EPOCHS, copy, random_clip, read, train
@@ -488,9 +488,9 @@ def test_the_least_that_can_work_works(options, tmp_path, option, value):
 
 def test_fewer_images_than_processes_are_refused():
     args = script.parse_args(["--batch-size", "3", "--device", "cpu"])
-    options.check_args(args, 3)
+    configuration.check_args(args, 3)
     with pytest.raises(ValueError, match="--batch-size 3 leaves some of the 4 processes without images"):
-        options.check_args(args, 4)
+        configuration.check_args(args, 4)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(options, tmp_path):

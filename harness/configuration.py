@@ -1,0 +1,129 @@
+"""From the options of train.py to a run: what follows from the machine, what is refused, where it is written."""
+
+import math
+import os
+import re
+from pathlib import Path
+
+import clip  # before torch: it bounds how long torch's threads wait
+
+import torch
+
+import data
+from harness import machine, runs
+from harness.options import SWITCHES, parse_args
+from methods import promptot
+from sources import files
+
+
+# ---- what follows from other options and the machine ---------------------------------------------------------
+
+def saved_options(run):
+    """The options of a run that --resume RUN goes on with."""
+    with machine.plain_errors():
+        return {**runs.read_checkpoint(run)["config"], "output_dir": run}
+
+
+def fill_in(args, defaults, is_new=True):
+    """Puts in what depends on other options or on the machine; is_new: the run does not go on."""
+    args.device = args.device or machine.default_device()
+    args.model = clip.full_name(args.model or machine.default_model(args.dataset))
+    args.amp = args.amp or machine.default_amp(args.device)
+    if is_new:
+        with machine.plain_errors():
+            args.data_root = data.find_root(args.dataset, args.data_root)
+    args.data_root = files.absolute(args.data_root)
+    if args.workers is None:
+        args.workers = machine.default_workers(args.device)
+    with machine.plain_errors():
+        restarted = machine.from_environment("TORCHELASTIC_RESTART_COUNT")
+    if restarted and not args.overwrite:                 # why: torchrun gave the same command again, after a failure
+        args.resume = args.resume or True
+    args.output_dir = str(args.output_dir or folder_name(vars(args), vars(defaults)))
+    if args.warmup_epochs < math.inf:                    # else check_args refuses it
+        args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------
+
+def check_args(args, world):
+    """Raises ValueError for options that cannot work, alone or together, before any long work starts."""
+    machine.check_device(args.device, args.amp)
+    for name in ("lr", "weight_decay", "epsilon", "lambda_local", "lambda_entropy", "lambda_transport",
+                 "lambda_image", "lambda_text", "average_mean", "average_std", "warmup_epochs", "prompt_dropout",
+                 "workers", "shots"):
+        if not 0 <= getattr(args, name, 0) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"--{name.replace('_', '-')} must be a finite number and not negative, "
+                             f"got {getattr(args, name)}")
+    for name in ("seed", "split_seed"):
+        if not -2**63 <= getattr(args, name) < 2**63:
+            raise ValueError(f"--{name.replace('_', '-')} must have 64 bits at most, got {getattr(args, name)}")
+    if args.batch_size < world:
+        raise ValueError(f"--batch-size {args.batch_size} leaves some of the {world} processes without images: "
+                         f"it is the global batch, give at least {world}")
+    for name in ("epochs", "n_global", "n_local", "n_support", "n_context", "n_iters", "depth", "text_chunk"):
+        if getattr(args, name, 1) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if getattr(args, "epsilon", 1) < 1e-6:               # why: cost / epsilon must leave float32 some digits
+        raise ValueError(f"--epsilon must be positive, and at least 1e-6, got {args.epsilon}")
+    if getattr(args, "average_std", 1) < 1e-6:           # why: epochs are divided by it
+        raise ValueError(f"--average-std must be positive, and at least 1e-6, got {args.average_std}")
+    if getattr(args, "prompt_dropout", 0) > 1:
+        raise ValueError(f"--prompt-dropout must lie in [0, 1], got {args.prompt_dropout}")
+    if getattr(args, "plan", "") == "exact" and args.lambda_transport and args.batch_size > promptot.LARGEST_EXACT:
+        raise ValueError(f"--plan exact tries all orders of a batch of at most {promptot.LARGEST_EXACT} images, got "
+                         f"--batch-size {args.batch_size}: give a smaller one, or --plan sinkhorn")
+    data.template(args.dataset, args.template)
+    if args.held_out is not None and not 0 < args.held_out < 1:
+        raise ValueError(f"--held-out must lie between 0 and 1, got {args.held_out}")
+    runs.check_free(args.output_dir, configuration(args), args.resume, args.overwrite)
+
+
+def unusual(args):
+    """The options that differ from what they are where method, dataset and model alone are given: {name: value}."""
+    usual = vars(parse_args(["--method", args.method, "--dataset", args.dataset, "--model", args.model]))
+    apart = ("output_dir", "resume", "overwrite")
+    return {name: value for name, value in vars(args).items() if name not in apart and value != usual[name]}
+
+
+def configuration(args):
+    """The options that belong to a run, as result.json and last.pt have them."""
+    return {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
+
+
+# ---- the folder of a run -----------------------------------------------------------------------------------
+
+# Options that have a place of their own in the name of a run's folder, and those that are no part of a configuration.
+NAMED = {"method", "dataset", "model", "classes", "shots", "seed", "resume", "overwrite"}
+
+
+def folder_name(options, defaults):
+    """Where a run is written if nobody says otherwise, such as runs/released-eurosat-ViT-B-32-16shot-epochs20-seed1.
+
+    The name has all in which a run is not the usual one of its dataset. options: as given, with method, model and
+    data_root filled in; defaults: what the other ones are where they are not given.
+    """
+    method, dataset, model = (options[name] for name in ("method", "dataset", "model"))
+    parts = [method] if method != "sotglp" else []
+    parts += [dataset, os.path.basename(options["data_root"])] if dataset == "folder" else [dataset]
+    if model != machine.default_model(dataset):
+        parts.append(Path(model).stem if os.path.isabs(model) else model)
+    parts += ["base"] if options["classes"] == "base" else []
+    parts.append(f"{options['shots'] or 'all'}shot")
+    parts += [in_words(name, options[name]) for name, default in defaults.items()
+              if name not in NAMED | runs.IGNORED_WHEN_COMPARING and options[name] != default]
+    # why: a blank or a slash would need quotes, or make folders
+    return "runs/" + "-".join(re.sub(r"[^\w.+]+", "-", part).strip("-") for part in parts) + f"-seed{options['seed']}"
+
+
+def in_words(name, value):
+    """An option and its value in the name of a folder: epochs20, no-vv, plan-sinkhorn, top-k5+10."""
+    if value is False:
+        return SWITCHES.get(name, f"no-{name}").removeprefix("--").replace("_", "-")
+    name = name.replace("_", "-")
+    if value is True:
+        return name
+    if isinstance(value, str):
+        return f"{name}-{value[:30]}"
+    numbers = value if isinstance(value, list) else [value]
+    return name + "+".join(f"{number:.10g}" for number in numbers)
