@@ -77,7 +77,7 @@ def parse_args(argv=None, description=None):
         parser.error(f"--resume {known.resume} goes on in this folder: leave out --output-dir {args.output_dir}")
     parser.refuse_empty(args)
     if unknown:
-        parser.error(f"{args.method} has no {' '.join(unknown)}{parser.near(unknown)}; "
+        parser.error(f"{args.method} has no {' '.join(unknown)}: {parser.near(unknown)}"
                      f"--method {args.method} --help lists what it has")
     from harness.configuration import fill_in
     fill_in(args, parser.parse_args([]), is_new=not saved)
@@ -91,7 +91,7 @@ def make_parser(method, dataset, description=None):
     parser = Parser("python train.py [options]", description)
     methods = method_names()
     if method not in methods:
-        parser.error(f"no method is called {method!r}{near([method], methods)}; there are {', '.join(methods)}")
+        parser.error(f"no method is called {method!r}: {near([method], methods)}there are {', '.join(methods)}")
     options, recipe = (PAPER_OPTIONS, PAPER_RECIPE) if method == "sotglp" else options_of(method, dataset)
     add_data_options(parser.add_argument_group("what is trained on what").add_argument, method, methods)
     add_recipe_options(parser.add_argument_group("recipe, Sec. 4").add_argument)

@@ -6,11 +6,11 @@ import re
 
 
 def near(words, known):
-    """What may have been meant by unknown words, as text: ": did you mean --shots?"; "" where nothing is near."""
+    """What may have been meant by unknown words, as text: "did you mean --shots? "; "" where nothing is near."""
     found = []
     for word in words:
         found += difflib.get_close_matches(word, known, n=1)
-    return f": did you mean {', '.join(found)}?" if found else ""
+    return f"did you mean {', '.join(found)}? " if found else ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         """As argparse does, but a near miss of an option is suggested."""
         args, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            self.error(f"there is no {' '.join(unknown)}{self.near(unknown)}")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}; {self.near(unknown)}--help lists what there is")
         return args
 
     def near(self, unknown):
