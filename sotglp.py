@@ -160,7 +160,7 @@ def fuse(global_logits, local_logits, lambda_local=0.25):
 
 @in_float32
 def mean_cosines(features, text):
-    """Cosines with each class, the mean over its N prompts: unit (..., D), (C, N, D) -> (..., C).  Sec. 3.5"""
+    """Cosines with each class, the mean over N prompts: unit (..., D), (C, N, D) -> (..., C).  Sec. 3.5"""
     # why: the mean of the cosines is the product with the mean of the prompts
     return features @ text.mean(dim=1).T
 
@@ -259,7 +259,7 @@ class Method(nn.Module):
         return {name: p.detach() for name, p in self.named_parameters() if not name.startswith("clip.")}
 
     def after_epoch(self, epoch, epochs):
-        """What a method does when an epoch, 1 to epochs, is done. What it keeps is part of `learned_state`."""
+        """What a method does when epoch 1, 2, ... is done. What it keeps is part of `learned_state`."""
 
 
 class SOTGLP(Method):

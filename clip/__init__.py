@@ -23,5 +23,5 @@ from .model import CLIP  # noqa: E402
 from .weights import build_model, check_finite  # noqa: E402
 from .tokenizer import tokenize  # noqa: E402
 
-__all__ = ["ACTIVATIONS", "CLIP", "available_models", "build_model", "check_finite", "full_name", "load", "preprocess",
-           "tokenize", "weights_hash"]
+__all__ = ["ACTIVATIONS", "CLIP", "available_models", "build_model", "check_finite", "full_name", "load",
+           "preprocess", "tokenize", "weights_hash"]

@@ -86,7 +86,7 @@ class Block(nn.Module):
         return self.add_mlp(x), z
 
     def forward_value(self, x):
-        """This block with its attention matrix replaced by the identity: each token sees itself alone.  GL-MCM"""
+        """This block with the identity as attention matrix: each token sees itself alone.  GL-MCM"""
         _, _, v = self.attn.to_qkv(self.ln_1(x))
         return self.add_mlp(x + self.attn.merge(v))
 
@@ -99,7 +99,7 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(Block(width, width // 64) for _ in range(layers))
 
     def forward(self, x, position=0, causal=False, prompts=(), start=1):
-        """All blocks, for the token at one position of each sequence: x (B, S, W), (B,) or a number -> (B, W).
+        """All blocks, for the token at one position of each sequence: x (B, S, W), position (B,) -> (B, W).
 
         prompts (J-1, n, W): deep prompts. Before block i, 0 < i < J, they replace the n tokens from `start`
         on; behind block J-1 these tokens go on like others. Raises ValueError for more layers than there are
@@ -107,7 +107,8 @@ class Transformer(nn.Module):
         """
         *blocks, last = self.resblocks
         if len(prompts) > len(blocks):
-            raise ValueError(f"prompts for {len(prompts) + 1} layers, but this tower has {len(self.resblocks)} blocks")
+            raise ValueError(f"prompts for {len(prompts) + 1} layers, but this tower has "
+                             f"{len(self.resblocks)} blocks")
 
         for i, block in enumerate(blocks):
             x = block(x, causal)
@@ -144,7 +145,7 @@ class VisionTransformer(nn.Module):
         return self.ln_pre(tokens)
 
     def forward(self, images, stream="vv"):
-        """Images -> CLS token of the ordinary stream (B, W), patch tokens of the chosen stream (B, P, W).  Eq. 2"""
+        """Images -> CLS of the ordinary stream (B, W), patches of the chosen stream (B, P, W).  Eq. 2"""
         if stream not in STREAMS:
             raise ValueError(f"unknown patch stream {stream!r}: choose one of {', '.join(STREAMS)}")
         if stream in ("vv", "released_vv"):
@@ -166,7 +167,7 @@ class VisionTransformer(nn.Module):
         return forward_dual_last(last, x, z)                  # last.forward_dual(x, z), of which this is read
 
     def own_stream(self, images, stream):
-        """CLS (B, W) and patches (B, P, W) of CLIP's own stream; "value": without attention in the last block."""
+        """CLS (B, W), patches (B, P, W) of CLIP's own stream; "value": no attention in the last block."""
         x = self.embed(images)
         *blocks, last = self.transformer.resblocks
         for block in blocks:
@@ -227,7 +228,7 @@ class CLIP(nn.Module):
         return self.encode_embeddings(self.token_embedding(tokens), eot)
 
     def encode_embeddings(self, embeddings, eot, prompts=None):
-        """Token embeddings (n, S, W) and the places of their [EOT] (n,) -> text features (n, D), not normalised.
+        """Token embeddings (n, S, W), the places of their [EOT] (n,) -> text features (n, D), not normalised.
 
         This is how learned prompts enter the text tower (Eq. 1): S may be any length up to the context
         length. prompts (J-1, m, W): deep prompts in the places 1 to m, a row for each of the blocks 1 to J-1.
@@ -237,7 +238,7 @@ class CLIP(nn.Module):
         return to_joint_space(self.ln_final(x), self.text_projection)
 
     def encode_with_prefix(self, prefix, embeddings, eot):
-        """Text features of texts that begin alike: prefix (N, Q, W) before embeddings (n, N, S, W) -> (n, N, D).
+        """Features of texts that begin alike: prefix (N, Q, W) before embeddings (n, N, S, W) -> (n, N, D).
 
         The same as `encode_embeddings` of prefix and rest in one; eot (n,): places of [EOT], counted in the
         rest.
@@ -246,7 +247,7 @@ class CLIP(nn.Module):
         return to_joint_space(self.ln_final(x), self.text_projection)
 
     def store_matrices(self, dtype):
-        """Casts the weights of matrix products to half precision, for use under autocast. The rest stays as it is.
+        """Casts the weights of matrix products to half precision, for use under autocast.
 
         why: autocast would cast these frozen weights anew at every call.
         """
@@ -259,7 +260,7 @@ class CLIP(nn.Module):
 # ---- exact shortcuts: skip on first reading ----------------------------------------------------------------
 
 def forward_one(block, x, position=0, causal=False):
-    """`block(x, causal)` for the token at one position of each sequence: x (B, S, W), (B,) or a number -> (B, W).
+    """`block(x, causal)` for the token at one position of each sequence: (B, S, W), (B,) -> (B, W).
 
     why: nobody reads the other tokens after the last block. Of them it needs keys and values, but no
     perceptron.
@@ -284,7 +285,7 @@ def forward_dual_last(block, x, z):
 
 
 def one_query(attention, x, one):
-    """The query of one token, (B, 1, W), keys and values of all of x: -> (B, H, 1, W/H), two (B, H, S, W/H)."""
+    """The query of one token (B, 1, W), keys and values of x: -> (B, H, 1, W/H), two (B, H, S, W/H)."""
     W = x.shape[-1]
     weight = attention.in_proj_weight
     bias = attention.in_proj_bias
@@ -294,7 +295,7 @@ def one_query(attention, x, one):
 
 
 def run_with_prefix(clip, prefix, embeddings, eot):
-    """The text tower for texts that begin alike, before `ln_final`: (N, Q, W), (n, N, S, W), (n,) -> (n, N, W).
+    """The text tower before `ln_final`, for texts that begin alike: (N, Q, W), (n, N, S, W) -> (n, N, W).
 
     why: the mask is causal, so a prefix does not depend on what follows. Its keys and values serve all n
     texts.

@@ -31,7 +31,7 @@ def _at_least_float32(value):
 
 @in_float32
 def to_joint_space(tokens, proj):
-    """Tokens of a tower behind its last norm -> features in the space that both towers share: (..., W) -> (..., D)."""
+    """Tokens behind a tower's last norm, in the space that both towers share: (..., W) -> (..., D)."""
     return tokens @ proj
 
 

@@ -3,7 +3,7 @@
 `encode_own` is Eq. 1 as it stands in the paper. `encode_shared` gives the same for prompts that all classes
 share, with less work. What serves many classes (chunks) and many processes (shares) stands below the two.
 
-Letters:  C classes, c of them at once   N prompts of any kind   M tokens per prompt   S tokens of a class name
+Letters:  C classes, c of them at once   N prompts of any kind   M tokens per prompt   S tokens of a name
           D joint embedding width   W width of the text tower
 """
 
@@ -61,11 +61,12 @@ class ClassTexts:
         features = torch.cat(features)                                          # (c, N, D), this rank's share
 
         if self.ranks[1] > 1:
-            features = gather_shares(features, len(self.class_names), *self.ranks) # (C, N, D), still sorted by length
+            # (C, N, D), still sorted by length
+            features = gather_shares(features, len(self.class_names), *self.ranks)
         return features[order.argsort()]
 
     def encode_own(self, prompts, tokens, eot, deep=None):
-        """Prompts (c, N, M, W) and [SOS] name [EOT] (c, S) of some classes -> unit text features (c, N, D).  Eq. 1"""
+        """Prompts (c, N, M, W), [SOS] name [EOT] (c, S) of some classes -> unit (c, N, D).  Eq. 1"""
         N, M = prompts.shape[1:3]
         names = self.clip.token_embedding(tokens)[:, None].expand(-1, N, -1, -1)   # (c, N, S, W)
 
@@ -79,7 +80,7 @@ class ClassTexts:
         return unit(features).unflatten(0, (-1, N))
 
     def encode_shared(self, prompts, tokens, eot):
-        """Prompts (N, M, W) of all classes, [SOS] name [EOT] (c, S) of some -> unit text features (c, N, D).  Eq. 1"""
+        """Prompts (N, M, W) for all classes, [SOS] name [EOT] (c, S) of some -> unit (c, N, D).  Eq. 1"""
         N = len(prompts)
         sos = self.clip.token_embedding.weight[SOS]                                # (W,)
         prefix = torch.cat([sos.expand(N, 1, -1), prompts], dim=1)                 # (N, 1+M, W)
@@ -87,7 +88,7 @@ class ClassTexts:
         return unit(self.clip.encode_with_prefix(prefix, names, eot - 1))
 
     def prepare(self, n_context, suffix=""):
-        """Tokenises the class names once -> tokens (C, S), places of [EOT] (C,), this process's chunks, order (C,).
+        """Tokenises the names once -> tokens (C, S), places of [EOT] (C,), this process's chunks, order (C,).
 
         A chunk: (class numbers, tokens of the longest name). order: all class numbers, those of short names
         first. Raises ValueError for a name that does not fit into the context with a prompt of n_context
@@ -117,7 +118,7 @@ class ClassTexts:
         self.prepare(n_context, suffix)
 
     def equal_names(self):
-        """Groups of class names that are one text to this CLIP: words that it never saw may have equal vectors."""
+        """Groups of class names that are one text to this CLIP, as words may be that it never saw."""
         tokens, *_ = self.prepare(0)
         _, texts = self.clip.token_embedding(tokens).flatten(1).unique(dim=0, return_inverse=True)    # (C,)
         groups = {}
@@ -136,15 +137,15 @@ def tokenize_names(class_names, n_context, context_length, suffix=""):
     eot = tokens.argmax(dim=-1)                                                    # [EOT] has the largest id
     for name, end in zip(names, eot.tolist()):
         if end + n_context >= context_length:
-            raise ValueError(f"class name {name!r} is too long: [SOS], {n_context} prompt tokens, the name and [EOT] "
-                             f"must fit into {context_length} tokens")
+            raise ValueError(f"class name {name!r} is too long: [SOS], {n_context} prompt tokens, the name "
+                             f"and [EOT] must fit into {context_length} tokens")
     return tokens[:, : int(eot.max()) + 1], eot
 
 
 # ---- many classes ------------------------------------------------------------------------------------------
 
 def chunk_boundaries(lengths, most):
-    """Where a sorted list of lengths is cut into chunks: at `most` items at the latest, and where lengths grow.
+    """Where a sorted list of lengths is cut into chunks: after `most` items, and where lengths grow.
 
     why where they grow: a chunk is as long as its longest name, so it should hold no other lengths. why not
     always: a chunk of few classes keeps a GPU waiting for its next command.
@@ -169,7 +170,7 @@ def gather_shares(share, n, rank, world):
 
 
 class GatherShares(torch.autograd.Function):
-    """(c, ...) of each process -> (c, world, ...). The loss of every process needs all shares, so gradients add up."""
+    """(c, ...) of each process -> (c, world, ...). Each loss needs all shares, so gradients add up."""
 
     @staticmethod
     def forward(ctx, share, rank, world):

@@ -1,8 +1,9 @@
 """The methods that train.py trains, by the name that --method gives them, one file for each.
 
-A method is a `sotglp.Method`, whose stubs say what a method has. To add one, write its file and add its line to
-METHODS; what its constructor takes behind the CLIP and the class names becomes options of train.py. zero_shot.py
-learns nothing, and linear_probe.py has no prompts and no epochs: these two are not trained by train.py.
+A method is a `sotglp.Method`, whose stubs say what a method has. To add one, write its file and add its line
+to METHODS; what its constructor takes behind the CLIP and the class names becomes options of train.py.
+zero_shot.py learns nothing, and linear_probe.py has no prompts and no epochs: these two are not trained by
+train.py.
 """
 
 import inspect
@@ -26,7 +27,7 @@ METHODS = {"sotglp": SOTGLP, "coop": CoOp, "cocoop": CoCoOp, "maple": MaPLe, "pr
 
 
 def constructor_options(method):
-    """The options of a method, {parameter of its constructor: default}, without those that all methods share."""
+    """The options of a method, {parameter: default}, without those that all methods share."""
     parameters = [*inspect.signature(method).parameters.values()][2:]
     return {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
 

@@ -1,13 +1,15 @@
-"""GalLoP, "Learning Global and Local Prompts for Vision-Language Models" (Lafon et al., arXiv 2407.01400), in one file.
+"""GalLoP, "Learning Global and Local Prompts for Vision-Language Models" (Lafon et al., arXiv 2407.01400).
 
-Global prompts see the image feature, local prompts its patches; all classes share both kinds. The local score of a
-prompt is the mean over the patches that resemble it most, and each prompt has a number of patches of its own.
+Global prompts see the image feature, local prompts its patches; all classes share both kinds. The local score
+of a prompt is the mean over the patches that resemble it most, and each prompt has a number of patches of its
+own.
 
-Against SOT-GLP, which started from it: local prompts shared by the classes, not L per class; each prompt chooses its
-patches alone, where SOT-GLP keeps one support for all prompts and divides it among them by transport; patches come from
-the value path of the last block, not from a V-V stream. The map on patch features is the same.
+Against SOT-GLP, which started from it: local prompts shared by the classes, not L per class; each prompt
+chooses its patches alone, where SOT-GLP keeps one support for all prompts and divides it among them by
+transport; patches come from the value path of the last block, not from a V-V stream. The map on patch
+features is the same.
 
-Letters: those of sotglp.py.  B images   C classes   P patches   G global prompts   L local prompts   D joint width
+Letters: those of sotglp.py.  B images   C classes   P patches   G global, L local prompts   D joint width
 """
 
 import torch
@@ -24,15 +26,16 @@ from sotglp import (Method, cross_entropy, draw_prompts, global_logits, mean_cos
 def top_k_mean(similarity, top_k=(5, 10, 15, 20)):
     """The mean of the k largest similarities over the patches, k being each prompt's own.
 
-    similarity (B, C, P, L) -> (B, C, L). top_k: L numbers, or one for all prompts; each is at most P. Raises ValueError
-    for another count of numbers, and for numbers below 1.
+    similarity (B, C, P, L) -> (B, C, L). top_k: L numbers, or one for all prompts; each is at most P. Raises
+    ValueError for another count of numbers, and for numbers below 1.
     """
     P, L = similarity.shape[-2:]
     counts = [top_k] * L if isinstance(top_k, int) else list(top_k)
     if len(counts) != L or min(counts) < 1:
-        raise ValueError(f"--top-k takes one number, at least 1, for each of the {L} local prompts, got {counts}")
+        raise ValueError(f"--top-k takes one number, at least 1, for each of the {L} local prompts, "
+                         f"got {counts}")
     counts = [min(k, P) for k in counts]
-    largest = similarity.topk(max(counts), dim=-2).values                          # (B, C, k, L), in falling order
+    largest = similarity.topk(max(counts), dim=-2).values                     # (B, C, k, L), in falling order
     return torch.stack([largest[:, :, :k, l].mean(dim=-1) for l, k in enumerate(counts)], dim=-1)
 
 
@@ -68,16 +71,18 @@ def fuse(global_logits, local_logits):
 class GalLoP(Method):
     """Shared global and local prompts, and the learned map on patch features.
 
-    top_k: how many patches each local prompt keeps, n_local numbers. prompt_dropout: the share of the global prompts
-    that each training image drops. Raises ValueError for a class name that is too long, and as `top_k_mean`.
+    top_k: how many patches each local prompt keeps, n_local numbers. prompt_dropout: the share of the global
+    prompts that each training image drops. Raises ValueError for a class name that is too long, and as
+    `top_k_mean`.
     """
 
-    # differs: GalLoP trains ImageNet for 50 epochs in batches of 128, SUN397 in batches of 128 and EuroSAT of 10.
+    # differs: GalLoP trains ImageNet for 50 epochs in batches of 128, SUN397 in batches of 128 and EuroSAT of
+    # 10.
     DEFAULTS = {"lr": 0.002, "epochs": 200, "warmup_epochs": 0, "batch_size": 32, "weight_decay": 0.01}
     stream = "value"
 
-    def __init__(self, clip_model, class_names, n_global=4, n_local=4, top_k=(5, 10, 15, 20), prompt_dropout=0.75,
-                 local_projection=True, **text_options):
+    def __init__(self, clip_model, class_names, n_global=4, n_local=4, top_k=(5, 10, 15, 20),
+                 prompt_dropout=0.75, local_projection=True, **text_options):
         super().__init__(clip_model, class_names, **text_options)
         self.top_k, self.prompt_dropout = top_k, prompt_dropout
         top_k_mean(torch.zeros(1, 1, 1, n_local), top_k)   # why here: what cannot work fails before training
@@ -96,7 +101,7 @@ class GalLoP(Method):
         return self.encode(prompts).split([len(self.global_prompts), len(self.local_prompts)], dim=1)
 
     def encode_images(self, images):
-        """Pictures or their features -> unit image features (B, D), and value-path patches behind the learned map (B, P, D)."""
+        """Pictures or features -> unit image features (B, D), patches behind the learned map (B, P, D)."""
         cls, patches = self.features(images)                                         # (B, W), (B, P, W)
         proj = self.clip.visual.proj
         return project(cls, proj), project(patches, proj, self.local_projection)
@@ -106,7 +111,7 @@ class GalLoP(Method):
         return draw_prompts(n_images, len(self.global_prompts), self.prompt_dropout, generator)
 
     def forward(self, features, drawn=None, text_features=None):
-        """Images -> global logits (B, C), of the prompts kept or the mean of all, and local logits (B, C, L)."""
+        """Pictures or features -> global logits (B, C) of the prompts kept, local logits (B, C, L)."""
         image, patches = self.encode_images(features)
         global_text, local_text = self.encode_prompts() if text_features is None else text_features
         return (global_logits(image, global_text, self.scale, drawn),
@@ -128,5 +133,7 @@ class GalLoP(Method):
         return {"fused": fuse(*outputs), "global": outputs[0], "local": outputs[1].mean(dim=-1)}
 
     def cosines(self, features, text_features):
-        """Raw cosines of images and of their patches with each class, averaged over prompts: (B, C), (B, P, C)."""
-        return tuple(mean_cosines(*pair) for pair in zip(self.encode_images(features), text_features))
+        """Raw cosines of images and of patches with each class, averaged over prompts: (B, C), (B, P, C)."""
+        image, patches = self.encode_images(features)                              # (B, D), (B, P, D)
+        global_text, local_text = text_features
+        return mean_cosines(image, global_text), mean_cosines(patches, local_text)

@@ -1,12 +1,12 @@
-"""A linear probe, as in CLIP (Radford et al., arXiv 2103.00020) and CoOp: logistic regression on frozen features.
+"""A linear probe, as in CLIP (Radford et al., arXiv 2103.00020) and CoOp.
 
-It has no text, no prompts and no epochs, so train.py does not train it: `python -m extras.linear_probe` does. The
-weight of its penalty is chosen on the validation shots.
+It has no text, no prompts and no epochs, so train.py does not train it: `python -m extras.linear_probe` does.
+The weight of its penalty is chosen on the validation shots.
 
-Against SOT-GLP: the class names are not used, so nothing is known of a class without images; no patches; the image
-feature is used as it is, not as a unit vector.
+Against SOT-GLP: the class names are not used, so nothing is known of a class without images; no patches; the
+image feature is used as it is, not as a unit vector.
 
-Letters: those of sotglp.py.  n images   C classes   D joint width   c: how much the errors count against the penalty
+Letters: those of sotglp.py.  n images   C classes   D joint width   c: weight of the errors
 """
 
 import torch
@@ -22,20 +22,23 @@ def logits(features, weight, bias):
 
 
 def fit(features, labels, c, n_classes=None, max_iter=1000):
-    """The minimum of 1/2 |W|^2 + c sum CE over weight and bias, the bias being free of penalty, by torch's L-BFGS.
+    """The minimum of 1/2 |W|^2 + c sum CE over weight W and bias, by torch's L-BFGS.
 
-    features (n, D), labels (n,) -> weight (C, D), bias (C,), float64. C is n_classes, else the largest label + 1.
+    features (n, D), labels (n,) -> weight (C, D), bias (C,), float64. C is n_classes, else the largest label
+    + 1.
     """
     n_classes = n_classes or int(labels.max()) + 1
-    weight = torch.zeros(n_classes, features.shape[1], dtype=torch.float64, device=features.device, requires_grad=True)
+    zeros = torch.zeros(n_classes, features.shape[1], dtype=torch.float64, device=features.device)
+    weight = zeros.requires_grad_()
     bias = weight.detach().new_zeros(n_classes).requires_grad_()
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=max_iter, tolerance_grad=1e-7, tolerance_change=1e-12,
-                                  line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=max_iter, tolerance_grad=1e-7,
+                                  tolerance_change=1e-12, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = weight.square().sum() / 2 + c * F.cross_entropy(logits(features, weight, bias), labels, reduction="sum")
-        loss = loss / (1 + c * len(labels))                # why: the tolerances then mean the same for every c
+        errors = F.cross_entropy(logits(features, weight, bias), labels, reduction="sum")
+        loss = weight.square().sum() / 2 + c * errors
+        loss = loss / (1 + c * len(labels))               # why: the tolerances then mean the same for every c
         loss.backward()
         return loss
 
@@ -45,7 +48,7 @@ def fit(features, labels, c, n_classes=None, max_iter=1000):
 
 
 def search(train, train_labels, val, val_labels):
-    """CoOp's search for c on validation features (n, D): seven powers of ten, then eight halvings around the best."""
+    """CoOp's search for c on validation features (n, D): seven powers of ten, then eight halvings."""
     n_classes = int(torch.cat([train_labels, val_labels]).max()) + 1
 
     def right(c):

@@ -1,19 +1,20 @@
-"""LoCoOp, "Few-Shot Out-of-Distribution Detection via Prompt Learning" (Miyai et al., arXiv 2306.01293), in one file.
+"""LoCoOp, "Few-Shot Out-of-Distribution Detection via Prompt Learning" (Miyai et al., arXiv 2306.01293).
 
-CoOp, and a second term in training: patches that do not look like their image's class show background. There the
-prediction should be undecided, so the entropy of its class probabilities is made large. The test is CoOp's.
+CoOp, and a second term in training: patches that do not look like their image's class show background. There
+the prediction should be undecided, so the entropy of its class probabilities is made large. The test is
+CoOp's.
 
-Against SOT-GLP: one prompt per class; patches serve as negative examples, not to recognise the class; they come from
-the value path of the last block, not from a V-V stream, and no map is learned on them.
+Against SOT-GLP: one prompt per class; patches serve as negative examples, not to recognise the class; they
+come from the value path of the last block, not from a V-V stream, and no map is learned on them.
 
-Letters: those of sotglp.py.  B images   C classes   P patches   D joint width   q: class probabilities of a patch
+Letters: those of sotglp.py.  B images   C classes   P patches   D joint width   q: a patch's probabilities
 """
 
 import torch
 import torch.distributed
 
-from methods import coop
 from clip.precision import in_float32
+from methods import coop
 from sotglp import project
 
 
@@ -37,8 +38,9 @@ def entropy(local_logits):
 def objective(logits, local_logits, labels, lambda_entropy=0.25, top_k=None, n_batch=None, world=1):
     """Cross-entropy - lambda_entropy times the mean entropy of the background patches of the batch.
 
-    (B, C), (B, P, C), (B,) -> scalar. top_k: a fifth of the classes where None. Without any background patch the second
-    term is 0. n_batch, world: the size of the batch and the number of processes, where these images are a part of it.
+    (B, C), (B, P, C), (B,) -> scalar. top_k: a fifth of the classes where None. Without any background patch
+    the second term is 0. n_batch, world: the size of the batch and the number of processes, where these
+    images are a part of it.
     """
     entropy_of_batch = background_entropy(local_logits, labels, top_k, world)
     return coop.objective(logits, labels, n_batch) - lambda_entropy * entropy_of_batch
@@ -46,35 +48,35 @@ def objective(logits, local_logits, labels, lambda_entropy=0.25, top_k=None, n_b
 
 @in_float32
 def background_entropy(local_logits, labels, top_k=None, world=1):
-    """The mean entropy of the background patches of a batch: (B, P, C), (B,) -> scalar; 0 where there are none."""
+    """The mean entropy of a batch's background patches: (B, P, C), (B,) -> scalar; 0 where there are none."""
     top_k = default_top_k(local_logits.shape[-1]) if top_k is None else top_k
     patches = background(local_logits, labels, top_k)                              # (B, P)
     n_patches = patches.sum()
-    if world > 1:           # why: the mean is one over the whole batch, and images differ in their background patches
+    if world > 1:           # why: it is one mean over the whole batch, and images differ in their background
         torch.distributed.all_reduce(n_patches)
     return (entropy(local_logits) * patches).sum() / n_patches.clamp(min=1)
 
 
 def default_top_k(n_classes):
-    """A fifth of the classes. why: LoCoOp gives k = 200 for ImageNet's 1,000 classes, and asks to adapt it."""
+    """A fifth of the classes. why: LoCoOp gives 200 for ImageNet's 1,000 classes, and asks to adapt it."""
     return max(1, n_classes // 5)
 
 
 class LoCoOp(coop.CoOp):
     """CoOp with a regulariser on background patches.
 
-    top_k: k of `background`, a fifth of the classes where None. The other options are CoOp's. Raises ValueError for k
-    outside [1, C].
+    top_k: k of `background`, a fifth of the classes where None. The other options are CoOp's. Raises
+    ValueError for k outside [1, C].
     """
 
-    DEFAULTS = {**coop.CoOp.DEFAULTS, "epochs": 50}        # those of LoCoOp's own runs, all of them on ImageNet
+    DEFAULTS = {**coop.CoOp.DEFAULTS, "epochs": 50}        # those of LoCoOp's own runs, all on ImageNet
 
-    def __init__(self, clip_model, class_names, n_context=16, words=None, class_specific=False, lambda_entropy=0.25,
-                 top_k=None, **text_options):
+    def __init__(self, clip_model, class_names, n_context=16, words=None, class_specific=False,
+                 lambda_entropy=0.25, top_k=None, **text_options):
         super().__init__(clip_model, class_names, n_context, words, class_specific, **text_options)
         if top_k is not None and not 1 <= top_k <= len(self.class_names):
-            raise ValueError(f"--top-k must lie between 1 and the number of classes, {len(self.class_names)}: "
-                             f"got {top_k}")
+            raise ValueError(f"--top-k must lie between 1 and the number of classes, "
+                             f"{len(self.class_names)}: got {top_k}")
         self.lambda_entropy, self.top_k = lambda_entropy, top_k
 
     def forward(self, features, drawn=None, text_features=None):

@@ -3,21 +3,22 @@
 All patches of an image are matched with L prompts, shared by the classes, by balanced optimal transport. The
 transport-weighted similarity is the only score.
 
-Against SOT-GLP: every patch takes part, not the K best for a class; the prompts are shared by the classes; no global
-score, no V-V stream, no map on patch features. So it is SOT-GLP's local score with K = P and a constant plan.
+Against SOT-GLP: every patch takes part, not the K best for a class; the prompts are shared by the classes; no
+global score, no V-V stream, no map on patch features. So it is SOT-GLP's local score with K = P and a
+constant plan.
 
-differs: PLOT is for ResNet-50, whose attention pooling gives its local features. Here ordinary patch tokens of the
-vision transformer take their place (our choice). Table 1's column "PLOT" is PLOT++, another method: it matches four
-prompted image features with four prompts and uses no patches. It is not implemented.
+differs: PLOT is for ResNet-50, whose attention pooling gives its local features. Here ordinary patch tokens
+of the vision transformer take their place (our choice). Table 1's column "PLOT" is PLOT++, another method: it
+matches four prompted image features with four prompts and uses no patches. It is not implemented.
 
-Letters: those of sotglp.py.  B images   C classes   P patches   L prompts   M vectors of a context   D joint width
+Letters: those of sotglp.py.  B images   C classes   P patches   L prompts of M vectors   D joint width
 """
 
 import torch
 from torch import nn
 
-from methods import coop
 from clip.precision import in_float32
+from methods import coop
 from sinkhorn import sinkhorn
 from sotglp import Method, mean_cosines, patch_similarity, project
 
@@ -37,7 +38,8 @@ def logits(patches, text, scale, epsilon=0.1, n_iters=20):
 class PLOT(Method):
     """L contexts of M vectors, shared by the classes; each starts from N(0, 0.02).
 
-    epsilon, n_iters: of the transport. Raises ValueError for a class name that does not fit behind the context.
+    epsilon, n_iters: of the transport. Raises ValueError for a class name that does not fit behind the
+    context.
     """
 
     # differs: PLOT's batch is 128; 32 is that of its successor for vision transformers.
@@ -45,12 +47,15 @@ class PLOT(Method):
     SUFFIX = coop.CoOp.SUFFIX
     stream = "qk"
 
-    def __init__(self, clip_model, class_names, n_local=4, n_context=16, epsilon=0.1, n_iters=20, **text_options):
+    def __init__(self, clip_model, class_names, n_local=4, n_context=16, epsilon=0.1, n_iters=20,
+                 **text_options):
         super().__init__(clip_model, class_names, **text_options)
         self.epsilon, self.n_iters = epsilon, n_iters
-        self.text_encoder.check_names(n_context, self.SUFFIX)        # why here: what cannot work fails before training
+        # why here: what cannot work fails before training
+        self.text_encoder.check_names(n_context, self.SUFFIX)
         width = clip_model.token_embedding.weight.shape[1]
-        self.local_prompts = nn.Parameter(torch.empty(n_local, n_context, width).normal_(std=0.02))   # (L, M, W)
+        prompts = torch.empty(n_local, n_context, width).normal_(std=0.02)
+        self.local_prompts = nn.Parameter(prompts)                                 # (L, M, W)
         self.to(clip_model.logit_scale.device)
 
     def encode_prompts(self):
@@ -78,6 +83,6 @@ class PLOT(Method):
         return {"local": outputs[0]}
 
     def cosines(self, features, text_features):
-        """No cosines of whole images; raw cosines of patches with each class, averaged over prompts, (B, P, C)."""
+        """No cosines of images; raw cosines of patches with each class, averaged over prompts: (B, P, C)."""
         _, patches = self.features(features)
         return None, mean_cosines(project(patches, self.clip.visual.proj), text_features)

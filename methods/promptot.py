@@ -1,18 +1,20 @@
 """Prompt-OT, "An Optimal Transport Regularization Paradigm" (arXiv 2503.08906), in one file.
 
-Prompts are learned in many blocks of both towers (IVLP). Beside the cross-entropy, transport keeps the prompted CLIP
-near the frozen one: in each batch the pairs (image feature, text feature of its class) of the one are transported to
-those of the other, and what this costs is a second term of the loss. With lambda_transport = 0 it is plain IVLP.
+Prompts are learned in many blocks of both towers (IVLP). Beside the cross-entropy, transport keeps the
+prompted CLIP near the frozen one: in each batch the pairs (image feature, text feature of its class) of the
+one are transported to those of the other, and what this costs is a second term of the loss. With
+lambda_transport = 0 it is plain IVLP.
 
-Against SOT-GLP: the same tool as a regulariser, not as a matcher. SOT-GLP transports the patches of one image to the
-prompts of one class, which gives a score. Here the images of a batch are transported, and only in training; the score
-is CoOp's. No patches, one prompt per class, no map on features.
+Against SOT-GLP: the same tool as a regulariser, not as a matcher. SOT-GLP transports the patches of one image
+to the prompts of one class, which gives a score. Here the images of a batch are transported, and only in
+training; the score is CoOp's. No patches, one prompt per class, no map on features.
 
-differs: the published scripts keep every epoch and test epoch 31 of 40, where the rate is still a sixth of its peak.
-Here the last epoch is tested, as for every method. They train in half precision without scaling of the loss.
+differs: the published scripts keep every epoch and test epoch 31 of 40, where the rate is still a sixth of
+its peak. Here the last epoch is tested, as for every method. They train in half precision without scaling of
+the loss.
 
-Letters: those of sotglp.py.  B images   b of them on this process   C classes   n prompt tokens   J blocks with prompts
-         D joint width   W tower width   A frozen_... feature is that of CLIP without learned prompts.
+Letters: those of sotglp.py.  B images, b of them on this process   C classes   n prompt tokens
+         J blocks with prompts   D joint width   W tower width   frozen_...: of CLIP without learned prompts
 """
 
 import functools
@@ -21,11 +23,10 @@ import itertools
 import torch
 from torch import nn
 
-from methods import coop
-from clip.precision import in_float32
-from sinkhorn import sinkhorn
-from clip.precision import unit
+from clip.precision import in_float32, unit
 from clip.prompts import TEMPLATE, gather_shares
+from methods import coop
+from sinkhorn import sinkhorn
 from sotglp import Method
 
 LARGEST_EXACT = 8           # images, of which there are 40,320 permutations
@@ -35,8 +36,9 @@ LARGEST_EXACT = 8           # images, of which there are 40,320 permutations
 def pair_costs(image, text, frozen_image, frozen_text, labels, frozen_labels, modality="joint"):
     """What it costs to transport each prompted pair of image and class text to each frozen one.
 
-    unit (b, D), (C, D), (B, D), (C, D), labels (b,), (B,) -> (b, B): half the squared distance of the joined vectors,
-    that is 1 - cosine of the images + 1 - cosine of the texts. modality "image" or "text" takes one of the two halves.
+    unit (b, D), (C, D), (B, D), (C, D), labels (b,), (B,) -> (b, B): half the squared distance of the joined
+    vectors, that is 1 - cosine of the images + 1 - cosine of the texts. modality "image" or "text" takes one
+    of the two halves.
     """
     image_cost = 1 - image @ frozen_image.T                                        # (b, B)
     text_cost = 1 - text[labels] @ frozen_text[frozen_labels].T                    # (b, B)
@@ -54,15 +56,16 @@ def permutations(n, device):
 def transport_plan(cost, plan="exact", epsilon=0.1, n_iters=200):
     """The plan between two uniform marginals of equal size: cost (B, B) -> (B, B), without gradient.
 
-    plan "exact": the cheapest permutation / B, for some permutation is always among the best plans (Birkhoff);
-    "sinkhorn": entropic, Eq. 9 of SOT-GLP. Raises ValueError for an exact plan of more than 8 images.
+    plan "exact": the cheapest permutation / B, for some permutation is always among the best plans
+    (Birkhoff); "sinkhorn": entropic, Eq. 9 of SOT-GLP. Raises ValueError for an exact plan of more than 8
+    images.
     """
     B = len(cost)
     if plan == "sinkhorn":
         return sinkhorn(cost, epsilon=epsilon, n_iters=n_iters)
     if B > LARGEST_EXACT:
-        raise ValueError(f'plan="exact" tries all orders of a batch of at most {LARGEST_EXACT} images, got {B}: give a '
-                         'smaller --batch-size, or plan="sinkhorn" (--plan sinkhorn)')
+        raise ValueError(f'plan="exact" tries all orders of a batch of at most {LARGEST_EXACT} images, got {B}: '
+                         'give a smaller --batch-size, or plan="sinkhorn" (--plan sinkhorn)')
     orders = permutations(B, cost.device)                                          # (B!, B)
     cost_of_order = cost[torch.arange(B, device=cost.device), orders].sum(dim=1)   # (B!,)
     # why keepdim: an index without dimensions is read by the host, which would wait for it
@@ -71,20 +74,23 @@ def transport_plan(cost, plan="exact", epsilon=0.1, n_iters=200):
 
 
 @in_float32
-def transport_loss(image, text, frozen_image, frozen_text, labels, plan="exact", modality="joint", epsilon=0.1,
-                   n_iters=200, n_batch=None, ranks=(0, 1)):
+def transport_loss(image, text, frozen_image, frozen_text, labels, plan="exact", modality="joint",
+                   epsilon=0.1, n_iters=200, n_batch=None, ranks=(0, 1)):
     """sum_ij plan_ij cost_ij: how far the prompted features of a batch are from the frozen ones.
 
     unit (B, D), (C, D), (B, D), (C, D), labels (B,) -> scalar. The plan is constant in the backward pass.
-    n_batch, ranks: the size of the batch, rank and number of processes, where these images are only a part of it; the
-    parts add up.
+    n_batch, ranks: the size of the batch, rank and number of processes, where these images are only a part of
+    it; the parts add up.
     """
     rank, world = ranks
-    # why: the plan couples all images of a batch, so each process needs the features of all, and solves it alike
-    images, frozen_images, all_labels = (part if world == 1 else gather_shares(part, n_batch, *ranks)
-                                         for part in (image.detach(), frozen_image, labels))  # (B, D), (B, D), (B,)
-    cost = pair_costs(images, text, frozen_images, frozen_text, all_labels, all_labels, modality)         # (B, B)
-    mine = pair_costs(image, text, frozen_images, frozen_text, labels, all_labels, modality)              # (b, B)
+    batch = image.detach(), frozen_image, labels
+    if world > 1:
+        # why: the plan couples all images of a batch, so each process needs the features of all
+        batch = [gather_shares(part, n_batch, *ranks) for part in batch]
+    images, frozen_images, all_labels = batch                                      # (B, D), (B, D), (B,)
+
+    cost = pair_costs(images, text, frozen_images, frozen_text, all_labels, all_labels, modality)     # (B, B)
+    mine = pair_costs(image, text, frozen_images, frozen_text, labels, all_labels, modality)          # (b, B)
     return (transport_plan(cost, plan, epsilon, n_iters)[rank::world] * mine).sum()
 
 
@@ -97,9 +103,9 @@ def deep_start(words, n_blocks):
 class PromptOT(Method):
     """Deep prompts in both towers, shared by all classes, with transport to the frozen CLIP as a regulariser.
 
-    lambda_transport: its weight; 0 is IVLP. modality, plan, epsilon, n_iters: of `transport_loss`. depth: blocks with
-    prompts, from the first; all of them where a tower has fewer. Raises ValueError for a class name that does not fit
-    behind the prompt, and for an unknown modality or plan.
+    lambda_transport: its weight; 0 is IVLP. modality, plan, epsilon, n_iters: of `transport_loss`. depth:
+    blocks with prompts, from the first; all of them where a tower has fewer. Raises ValueError for a class
+    name that does not fit behind the prompt, and for an unknown modality or plan.
     """
 
     # differs: the published warm-up is one epoch at a constant 1e-4, here linear, as for every method.
@@ -107,8 +113,8 @@ class PromptOT(Method):
     SUFFIX = coop.CoOp.SUFFIX
     frozen_tower = False    # prompts stand among the patches, so the image tower is no longer CLIP's own
 
-    def __init__(self, clip_model, class_names, lambda_transport=10.0, modality="joint", plan="exact", epsilon=0.1,
-                 n_iters=200, depth=12, **text_options):
+    def __init__(self, clip_model, class_names, lambda_transport=10.0, modality="joint", plan="exact",
+                 epsilon=0.1, n_iters=200, depth=12, **text_options):
         super().__init__(clip_model, class_names, **text_options)
         for option, value, known in (("modality", modality, ("joint", "image", "text")),
                                      ("plan", plan, ("exact", "sinkhorn"))):
@@ -117,13 +123,14 @@ class PromptOT(Method):
         self.lambda_transport = lambda_transport
         self.transport = {"plan": plan, "modality": modality, "epsilon": epsilon, "n_iters": n_iters}
         template = self.word_vectors(TEMPLATE)                                     # (n, W)
-        self.text_encoder.check_names(len(template), self.SUFFIX)    # why here: what cannot work fails before training
+        # why here: what cannot work fails before training
+        self.text_encoder.check_names(len(template), self.SUFFIX)
         text_depth = min(depth, len(clip_model.transformer.resblocks))
         image_depth = min(depth, len(clip_model.visual.transformer.resblocks))
         width = len(clip_model.visual.proj)
         # one parameter for all blocks: the first row of the text prompts stands before the class name
         self.text_prompts = nn.Parameter(deep_start(template, text_depth))         # (J, n, W)
-        self.image_prompts = nn.Parameter(torch.randn(image_depth, len(template), width) * 0.02)       # (J, n, W)
+        self.image_prompts = nn.Parameter(torch.randn(image_depth, len(template), width) * 0.02)   # (J, n, W)
         self.frozen_text = None                            # (C, D), computed in the first training step
         self.to(clip_model.logit_scale.device)
 
@@ -157,8 +164,10 @@ class PromptOT(Method):
         loss = coop.objective(logits, labels, n_batch)
         terms = {"global": loss.detach()}
         if features:
-            transport = transport_loss(*features, labels, n_batch=n_batch, ranks=self.text_encoder.ranks, **self.transport)
-            loss, terms["transport"] = loss + self.lambda_transport * transport, transport.detach()
+            transport = transport_loss(*features, labels, n_batch=n_batch, ranks=self.text_encoder.ranks,
+                                       **self.transport)
+            loss = loss + self.lambda_transport * transport
+            terms["transport"] = transport.detach()
         return loss, terms
 
     def logits(self, outputs):

@@ -1,18 +1,19 @@
 """SOT-GLP as its authors' scripts have it, where the paper says otherwise: `train.py --method released`.
 
-The paper has one recipe for all datasets (Sec. 4); the scripts in the authors' repository have one for each. They also
-compute some things otherwise (PAPER.md).
+The paper has one recipe for all datasets (Sec. 4); the scripts in the authors' repository have one for each.
+They also compute some things otherwise (PAPER.md).
 
-Not reproduced: they leave out a last batch that is not full, which here counts; they draw the shots of Aircraft from
-its training and validation pictures, here from training alone; they compute in half precision. Their fused score is
-half of ours, which changes no prediction.
+Not reproduced: they leave out a last batch that is not full, which here counts; they draw the shots of
+Aircraft from its training and validation pictures, here from training alone; they compute in half precision.
+Their fused score is half of ours, which changes no prediction.
 """
 
 from sotglp import SOTGLP, local_logits
 
 COLUMNS = ("lr", "epochs", "batch_size", "n_local")     # the paper: 0.05, 50, 32, 4
-SCRIPTS = {"imagenet": (0.01, 50, 256, 4), "caltech101": (0.005, 200, 32, 6), "oxford_flowers": (0.005, 200, 32, 6),
-           "oxford_pets": (0.005, 200, 32, 6), "stanford_cars": (0.005, 200, 32, 4), "food101": (0.005, 200, 128, 6),
+SCRIPTS = {"imagenet": (0.01, 50, 256, 4), "caltech101": (0.005, 200, 32, 6),
+           "oxford_flowers": (0.005, 200, 32, 6), "oxford_pets": (0.005, 200, 32, 6),
+           "stanford_cars": (0.005, 200, 32, 4), "food101": (0.005, 200, 128, 6),
            "sun397": (0.005, 200, 128, 4), "ucf101": (0.005, 200, 128, 4), "dtd": (0.002, 200, 128, 4),
            "fgvc_aircraft": (0.01, 200, 128, 2), "eurosat": (0.001, 200, 10, 4)}
 OTHERS = (0.005, 200, 32, 4)            # our choice: Caltech's, with the paper's number of local prompts
@@ -42,11 +43,11 @@ class Released(SOTGLP):
         super().__init__(clip_model, class_names, n_global=n_global, n_local=n_local, n_support=n_support,
                          epsilon=epsilon, n_iters=n_iters, lambda_local=lambda_local,
                          prompt_dropout=prompt_dropout, **text_options)
-        self.stream = "released_vv"     # the first block's Q-K attention is added to the V-V stream, against Eq. 2
+        self.stream = "released_vv"    # with the first block's Q-K attention in the V-V stream, against Eq. 2
 
     @classmethod
     def recipe(cls, dataset):
-        """The script of the dataset. Shots are drawn by class frequency, not the same number for each class."""
+        """The script of the dataset. Shots are drawn by class frequency."""
         script = dict(zip(COLUMNS, SCRIPTS.get(dataset, OTHERS)))
         return {**cls.DEFAULTS, **script, "sampler": "proportional"}
 

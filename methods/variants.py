@@ -1,11 +1,11 @@
-"""SOT-GLP with another local score: what the ablations compare it with. All else is the same, and the paper's."""
+"""SOT-GLP with another local score: what the ablations compare it with. All else is the same."""
 
 from methods import gallop
 from sotglp import SOTGLP
 
 
 class IndependentTopK(SOTGLP):
-    """Each local prompt keeps the patches that resemble it most, alone, as in GalLoP: no shared support, no transport.
+    """Each local prompt keeps its own best patches, as in GalLoP: no shared support, no transport.
 
     n_support: how many. What log.jsonl says of a plan is of the one that is not used.
     """
@@ -14,7 +14,7 @@ class IndependentTopK(SOTGLP):
         super().__init__(clip_model, class_names, n_support=n_support, **text_options)
 
     def local(self, patches, text):
-        """Mean over the prompts of the mean over each one's K patches: (B, P, D), (C, L, D) -> logits (B, C)."""
+        """Mean over the prompts of the mean over each one's K patches: (B, P, D), (C, L, D) -> (B, C)."""
         return gallop.local_logits(patches, text, self.scale, self.n_support).mean(dim=-1)
 
 
@@ -22,4 +22,5 @@ class DenseTransport(SOTGLP):
     """All patches are transported, as in PLOT: K = P."""
 
     def __init__(self, clip_model, class_names, **text_options):
-        super().__init__(clip_model, class_names, n_support=len(clip_model.visual.positional_embedding) - 1, **text_options)
+        n_patches = len(clip_model.visual.positional_embedding) - 1
+        super().__init__(clip_model, class_names, n_support=n_patches, **text_options)

@@ -1,7 +1,8 @@
-"""Zero-shot CLIP (Radford et al., arXiv 2103.00020) as a method that learns nothing: a hand-written prompt per class.
+"""Zero-shot CLIP (Radford et al., arXiv 2103.00020) as a method that learns nothing.
 
-The image feature is compared with "a photo of a <name>.", or with the template of a dataset. It is the row that every
-table begins with, and the control of ood.py. train.py does not train it.
+The image feature is compared with one hand-written text per class, "a photo of a <name>.", or with the
+template of a dataset. It is the row that every table begins with, and the control of ood.py. train.py does
+not train it.
 
 Letters: those of sotglp.py.  B images   C classes   P patches   D joint width
 """
@@ -30,7 +31,10 @@ def template_features(clip_model, class_names, template, raw=False):
 
 
 class ZeroShot(Method):
-    """CLIP itself. template: the prompt, with {} for the class name; stream: the patches of its local confidence."""
+    """CLIP itself.
+
+    template: the prompt, with {} for the class name; stream: the patches of its local confidence.
+    """
 
     def __init__(self, clip_model, class_names, template="a photo of a {}.", stream="value"):
         super().__init__(clip_model, class_names)
