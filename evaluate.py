@@ -93,11 +93,24 @@ def test(model, items, dataset, amp="off", workers=0, rank=0, world=1, template=
         counts = count_correct(model, machine.progress(loader, "test", rank), zero_shot, predictions)
 
     if world > 1:
-        for numbers in (*counts.n_correct.values(), counts.n_images):
-            dist.all_reduce(numbers)
+        counts = add_up(counts)
     if counts.n_images.sum() != len(items):
         raise RuntimeError(f"tested {counts.n_images.sum()} of {len(items)} images")
     return counts
+
+
+def add_up(counts):
+    """The counts of all processes together.
+
+    why the names of the first process: one without images has no scores, and all must add up tensors of one shape.
+    """
+    names = [[*counts.n_correct]]
+    dist.broadcast_object_list(names, src=0)
+    none = torch.zeros_like(counts.n_images)                                       # (C,)
+    table = torch.stack([*(counts.n_correct.get(name, none) for name in names[0]), counts.n_images])
+    dist.all_reduce(table)                                                         # (scores + 1, C)
+    *n_correct, n_images = table
+    return Counts(dict(zip(names[0], n_correct)), n_images)
 
 
 # ---- the accuracies of a run ---------------------------------------------------------------------------------

@@ -108,6 +108,18 @@ def test_an_epoch_waits_for_nothing_but_its_end(name, amp, gpu, monkeypatch):
     assert gpu.waits == [] and is_cuda(ends[0])
 
 
+def test_cached_features_are_picked_without_waiting(gpu):
+    cached = object.__new__(train.CachedFeatures)
+    cached.cls = torch.empty(9, 768, device="cuda")
+    cached.patches = torch.empty(9, 196, 768, device="cuda")
+    cached.labels = torch.zeros(9, dtype=torch.int64, device="cuda")
+    cached.batches = [[(0, 8), (0, 3)], [(0, 1)]]        # (epoch, image)
+    gpu.waits.clear()
+    (first, labels), (second, _) = cached
+    assert gpu.waits == [] and len(labels) == 2
+    assert [tuple(part.shape) for part in (*first, *second)] == [(2, 768), (2, 196, 768), (1, 768), (1, 196, 768)]
+
+
 def test_a_step_launches_no_more_kernels_than_it_needs(gpu):
     # blocks are alike, so the launches of 12 follow from those of 2 and 3
     counts = []

@@ -10,8 +10,8 @@ import torch
 from conftest import TORCHRUN, random_clip, read, run, train
 from methods import locoop
 from sotglp import SOTGLP, objective
-from two_ranks import (CACHED, CASES, NAMES, TRAINED, batch, gradients, make_method, make_model, step_of_a_method,
-                       transport_of_three)
+from two_ranks import (CACHED, CASES, NAMES, TRAINED, batch, few_pictures, gradients, make_method, make_model,
+                       step_of_a_method, transport_of_three)
 
 WEIGHTS = b"weights"
 
@@ -97,6 +97,16 @@ def test_one_process_downloads_and_both_get_the_file_or_the_error(pair):
         assert rank["there"] == str(folder / "cache/there.pt")
         assert rank["missing"].startswith("failed: cannot download http://127.0.0.1:")
     assert [path.name for path in (folder / "cache").iterdir()] == ["there.pt"]
+
+
+def test_a_process_without_test_pictures_counts_with_the_others(pair):
+    expected = few_pictures(0, 1)
+    assert sum(expected[1]) == 1 and [rank["few"] for rank in pair[0]] == [expected] * 2
+
+
+def test_each_process_gets_the_rows_of_the_others(pair):
+    for three, one in (rank["rows"] for rank in pair[0]):
+        assert three.tolist() == [[0, 0], [1, 1], [2, 2]] and one.tolist() == [[0, 0]]
 
 
 def test_two_processes_train_as_one_does(trained, pair):

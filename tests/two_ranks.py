@@ -16,6 +16,9 @@ from conftest import random_clip  # first: it puts the project on the path
 import torch  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
+import data  # noqa: E402
+import evaluate  # noqa: E402
+import train  # noqa: E402
 from clip import loader  # noqa: E402
 from methods import METHODS  # noqa: E402
 from methods.promptot import transport_loss  # noqa: E402
@@ -90,6 +93,24 @@ def transport_of_three(rank, world):
     return loss.item(), *torch.autograd.grad(loss, (image, text))
 
 
+def few_pictures(rank, world):
+    """A test of one picture: a process is left without any -> {score: right answers by class}, pictures by class."""
+    _, _, items, _ = data.load("critters", "", 1, 1)
+    counts = evaluate.test(make_model(5, ranks=(rank, world)), items[:1], "critters", rank=rank, world=world)
+    return {name: numbers.tolist() for name, numbers in counts.n_correct.items()}, counts.n_images.tolist()
+
+
+def filled_rows(rank, world):
+    """Tensors of 3 rows and of 1, of which each process fills its own with their numbers -> all rows."""
+    tensors = []
+    for n in (3, 1):
+        tensor = torch.zeros(n, 2, dtype=torch.bfloat16)
+        tensor[rank::world] = torch.arange(n)[rank::world, None].to(tensor)
+        train.share_rows(tensor, world)
+        tensors.append(tensor)
+    return tensors
+
+
 def fetched(address):
     """What a rank gets from the loader: the path of the file, or its error in words."""
     try:
@@ -110,6 +131,7 @@ def main(folder, address, missing, *options):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     seen = {name: share_of_a_step(*case, rank, world) for name, case in CASES.items()}
     seen |= {f"{name}, {n}": step_of_a_method(name, n, rank, world) for name in TRAINED for n in (3, 1)}
+    seen |= {"few": few_pictures(rank, world), "rows": filled_rows(rank, world)}
     seen |= {"transport": transport_of_three(rank, world)}
     seen |= {"there": fetched(address), "missing": fetched(missing), "threads": torch.get_num_threads()}
     torch.save(seen, f"{folder}/{rank}.pt")
@@ -117,7 +139,6 @@ def main(folder, address, missing, *options):
     dist.broadcast_object_list(port)
     dist.destroy_process_group()
 
-    import train
     train.main(train.parse_args([*options, "--output-dir", f"{folder}/run"]))
     # why another store: in torchrun's a rank would find where the other one listened in the run before
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port[0])}
