@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import ImageDraw
 
-from sources import critters
+from sources import critters, figures
 
 
 def pixels(image):
@@ -167,17 +167,17 @@ def close(points, expected):
 
 def test_polygons_by_hand():
     h = math.sqrt(.5)
-    oval = critters.oval(1, 2, 3, 4)                                # 24 points, one each 15 degrees
+    oval = figures.oval(1, 2, 3, 4)                                # 24 points, one each 15 degrees
     assert len(oval) == 24
     close([oval[0], oval[3], oval[6], oval[12]], [(4, 2), (1 + 3 * h, 2 + 4 * h), (1, 6), (-2, 2)])
-    close(critters.box(1, 2, 3, 4), [(1, 2), (3, 2), (3, 4), (1, 4)])
-    close(critters.star(2, .5), [(0, -1.15), (.5, 0), (0, 1.15), (-.5, 0)])      # up, right, down, left
+    close(figures.box(1, 2, 3, 4), [(1, 2), (3, 2), (3, 4), (1, 4)])
+    close(figures.star(2, .5), [(0, -1.15), (.5, 0), (0, 1.15), (-.5, 0)])      # up, right, down, left
     # a bar of half-width 1 along (0, 0), (0, 4): its direction is (0, 1), so its sides are 1 to the left and right
-    close(critters.tube(1, (0, 0), (0, 4)), [(-1, 0), (-1, 4), (1, 4), (1, 0)])
+    close(figures.tube(1, (0, 0), (0, 4)), [(-1, 0), (-1, 4), (1, 4), (1, 0)])
     # with a bend at (3, 4) the side there stands across the line from the first to the last point, (0, 0)-(6, 0)
-    close(critters.tube(.5, (0, 0), (3, 4), (6, 0))[1::3], [(3, 4.5), (3, 3.5)])
+    close(figures.tube(.5, (0, 0), (3, 4), (6, 0))[1::3], [(3, 4.5), (3, 3.5)])
     triangle = [(1, 0), (2, 0), (2, 1)]
-    assert critters.both(triangle) == [triangle, [(-1, 0), (-2, 0), (-2, 1)]]
+    assert figures.both(triangle) == [triangle, [(-1, 0), (-2, 0), (-2, 1)]]
 
 
 @pytest.mark.parametrize("name, shown, hidden", [      # points on both sides of an edge of the pattern
@@ -257,7 +257,7 @@ def test_each_pixel_is_the_mean_of_four_of_the_canvas():
 def test_a_figure_lies_where_its_turn_and_shift_say():
     canvas = critters.Canvas("black", random.Random(0))
     canvas.turn, canvas.shift = 10j, 64 + 64j            # ten times as large, a quarter turn: 64 - 10y, 64 + 10x
-    canvas.draw([critters.box(1, 2, 3, 4)], (255, 0, 0), 5)
+    canvas.draw([figures.box(1, 2, 3, 4)], (255, 0, 0), 5)
     ys, xs = np.nonzero(np.asarray(canvas.mask) == 5)
     # x from 64 - 40 to 64 - 20, y from 64 + 10 to 64 + 30, and the line around it is 3 wide
     assert (xs.min(), xs.max(), ys.min(), ys.max()) == (23, 45, 73, 95)
@@ -267,7 +267,7 @@ def test_a_figure_lies_where_its_turn_and_shift_say():
 def test_a_mirrored_figure_is_drawn_twice_and_without_colour_it_is_an_outline():
     canvas = critters.Canvas("white", random.Random(0))
     canvas.turn, canvas.shift = 10 + 0j, 64 + 64j
-    canvas.draw([critters.box(1, -1, 3, 1)], None, 6, mirrored=True)
+    canvas.draw([figures.box(1, -1, 3, 1)], None, 6, mirrored=True)
     mask = np.asarray(canvas.mask)
     assert mask[64, 74] == mask[64, 94] == mask[64, 54] == mask[64, 34] == 6
     assert mask[64, 84] == mask[64, 44] == 0
