@@ -70,6 +70,15 @@ def test_shifts_are_float32_under_autocast(model):
     assert torch.equal(found, model.contexts(image)) and found.dtype == torch.float32
 
 
+def test_cosines_are_float32_under_autocast():
+    image = unit(torch.randn(2, 8))
+    text = unit(torch.randn(3, 2, 8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = cocoop.logits(image, text, 10.0)
+    assert torch.equal(found, cocoop.logits(image, text, 10.0))
+    assert cocoop.logits(image.double(), text.double(), 10.0).dtype == torch.float64
+
+
 # ---- texts of each image -----------------------------------------------------------------------------------
 
 def test_an_image_meets_its_own_texts_by_hand():

@@ -70,6 +70,13 @@ def test_there_are_four_words(n, clip_model):
         MaPLe(clip_model, NAMES, n_context=n)
 
 
+def test_a_name_that_does_not_fit_is_refused(clip_model):
+    # [SOS], four words, the name, the full stop and [EOT]: 77 tokens with a name of 70
+    MaPLe(clip_model, ["word " * 69 + "word"])
+    with pytest.raises(ValueError, match="is too long"):
+        MaPLe(clip_model, ["word " * 70 + "word"])
+
+
 def test_it_learns_as_many_numbers_as_published():
     # ViT-B/16: 9 blocks of 2 tokens of 512, and 9 maps from 512 to 768: 9 (1024 + 768 (512 + 1)) = 3,555,072
     with torch.device("meta"):

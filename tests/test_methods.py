@@ -434,7 +434,11 @@ def test_an_option_that_a_method_lacks_is_refused_by_name(capsys):
     ("gallop", dict(lr=0.002, epochs=200, warmup_epochs=0, weight_decay=0.01, n_global=4, n_local=4,
                     top_k=[5, 10, 15, 20], prompt_dropout=0.75, local_projection=True)),
     ("promptot", dict(lr=0.005, epochs=40, warmup_epochs=1, batch_size=4, weight_decay=5e-4, lambda_transport=10,
-                      modality="joint", plan="exact", depth=12))])
+                      modality="joint", plan="exact", depth=12)),
+    ("cocoop", dict(lr=0.002, epochs=10, warmup_epochs=1, batch_size=1, weight_decay=5e-4, words="a photo of a")),
+    ("maple", dict(lr=0.0035, epochs=5, warmup_epochs=0.5, batch_size=4, weight_decay=5e-4, n_context=2, depth=9)),
+    ("promptsrc", dict(lr=0.0025, epochs=50, warmup_epochs=1, batch_size=4, weight_decay=5e-4, lambda_image=10,
+                       lambda_text=25, average_mean=30, average_std=30, depth=9))])
 def test_a_methods_defaults_are_its_own(method, expected):
     args = vars(script.parse_args(["--method", method]))
     assert args.items() >= expected.items()
