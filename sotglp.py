@@ -127,8 +127,8 @@ def sparse_transport(similarity, n_support=10, epsilon=0.1, n_iters=20, plan_gra
 def local_logits(patches, text, scale, n_support=10, epsilon=0.1, n_iters=20, plan_gradient=True):
     """Transport-weighted similarity of the kept patches to a class's local prompts, times 1/tau.  Eq. 7-11
 
-    patches (B, P, D), text (C, L, D) -> logits (B, C), plan (B, C, K, L).
-    plan_gradient=False holds the plan constant in the backward pass, as the released code does.
+    patches (B, P, D), text (C, L, D) -> logits (B, C), plan (B, C, K, L); `sparse_transport` tells which patches
+    its rows are. plan_gradient=False holds the plan constant in the backward pass, as the released code does.
     """
     similarity = patch_similarity(patches, text)                                   # (B, C, P, L)
     kept, plan, _ = sparse_transport(similarity, n_support, epsilon, n_iters, plan_gradient)
@@ -179,6 +179,7 @@ class Method(nn.Module):
     frozen_tower = True        # whether the image tower is CLIP's own: then its features can be computed once
     stream = "vv"              # which patch tokens of a frozen tower the method reads
     ood_temperature = 1.0      # of the softmax in ood.py
+    has_plan = False           # whether its local score comes from a transport plan, which is then logged and drawn
 
     def __init__(self, clip_model, class_names, **text_options):
         super().__init__()
@@ -343,6 +344,11 @@ class SOTGLP(Method):
                                  self.plan_gradient)
         return logits
 
+    @property
+    def has_plan(self):
+        """Whether the local score is the paper's; a subclass with a `local` of its own says so itself."""
+        return type(self).local is SOTGLP.local
+
     def draw(self, n_images, generator=None):
         """Which global prompts each image keeps in a training step: (n_images, k).  Sec. 3.3"""
         return draw_prompts(n_images, len(self.global_prompts), self.prompt_dropout, generator)
@@ -374,7 +380,10 @@ class SOTGLP(Method):
         """How the local prompts specialise on a batch, for the log: {name: (B,)}.  Figure 2"""
         _, patches = self.encode_images(features)                                  # (B, P, D)
         text = self.encode(self.local_prompts)                                     # (C, L, D)
-        return specialisation(patches, text, labels, self.n_support, self.epsilon, self.n_iters)
+        numbers = specialisation(patches, text, labels, self.n_support, self.epsilon, self.n_iters)
+        if not self.has_plan:
+            del numbers["plan_entropy"], numbers["row_error"]
+        return numbers
 
 
 # ---- Figure 2, in numbers ----------------------------------------------------------------------------------

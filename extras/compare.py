@@ -431,6 +431,9 @@ def parse_args(argv=None):
     args.methods = args.methods or usual
     if args.methods == ["all"]:
         args.methods = [*args.rows]
+    if not args.ablations:
+        for name in METHODS:                               # your own method, say, has the row of its name
+            args.rows.setdefault(name, (name, ["--method", name], ""))
     # why apart: evaluate.py --table averages what is in runs/, and runs there may have other threads than these
     args.output_dir = args.output_dir or ("ablations" if args.ablations else "comparison")
     unknown = {*args.methods} - {*args.rows}

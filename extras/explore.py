@@ -27,6 +27,7 @@ from harness import machine, runs
 from methods.gallop import GalLoP
 from methods.released import Released
 from methods.variants import IndependentTopK
+from sotglp import SOTGLP
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 PAPER = Path(__file__).resolve().parent.parent / "PAPER.md"
@@ -39,7 +40,7 @@ def described(model):
         top_k = [min(k, n_patches) for k in model.top_k]
     elif isinstance(model, IndependentTopK):
         top_k = [model.n_support] * model.local_prompts.shape[-3]
-    parts = {"plan": type(model) in visualize.TRANSPORT, "own": bool(top_k), "halved": isinstance(model, GalLoP),
+    parts = {"plan": model.has_plan, "own": bool(top_k), "halved": isinstance(model, GalLoP),
              "lambda": hasattr(model, "lambda_local")}
     settings = {"K": getattr(model, "n_support", n_patches), "epsilon": getattr(model, "epsilon", 0.1),
                 "iterations": getattr(model, "n_iters", 20), "lambda": getattr(model, "lambda_local", 1)}
@@ -64,7 +65,7 @@ def look(model, text_features, image, name, truth=None):
     similarity = [visualize.patch_cosines(model, features, text_features, label) for label in labels]  # (P, L)
     if similarity[0] is None:
         raise ValueError("the method of this run compares no patches: there is no Eq. 7-11 to move")
-    if not isinstance(model, (*visualize.TRANSPORT, GalLoP)):
+    if not (model.has_plan or isinstance(model, (SOTGLP, GalLoP))):
         scores = {"global": decisive}                    # what leads to any other score is not in Eq. 4-11
     picture = {"name": str(name), "truth": truth, "labels": labels, "image": png(visualize.picture_of(image)),
                "similarity": rounded(torch.stack(similarity))}

@@ -29,8 +29,8 @@ import data
 from harness import machine, runs
 from harness.parser import Parser
 from clip.loader import MEAN, STD
-from methods import METHODS
-from sotglp import SOTGLP, saliency, sparse_transport
+from methods.variants import IndependentTopK
+from sotglp import SOTGLP, check_support, saliency, sparse_transport
 
 WIDE, SMALL, GAP = 448, 336, 16        # sides of the panels in pixels: three wide or four small ones fill a row,
 WIDTH = 4 * SMALL + 3 * GAP            # which has this width
@@ -199,9 +199,6 @@ def heat_map(picture, values, bounds, side, framed=()):
 
 # ---- what the model makes of a picture -----------------------------------------------------------------------
 
-TRANSPORT = [METHODS[name] for name in ("sotglp", "released", "dense", "plot")]    # the methods whose score has a plan
-
-
 class Look(NamedTuple):
     """What is drawn of one picture. None: the method has no such thing."""
     probabilities: dict                  # {score: (C,)}; the first score decides
@@ -219,11 +216,16 @@ def look(model, images, text_features, label=None):
     if label is None:
         label = int(model.logits(outputs)[0].argmax())
     similarity = patch_cosines(model, images, text_features, label)                # (P, L)
-    if type(model) not in TRANSPORT:
+    if not model.has_plan and not shares_support(model):
         return Look(probabilities, label, similarity)
     n_support = getattr(model, "n_support", len(similarity))
     support, plan = transport(similarity, n_support, model.epsilon, model.n_iters) # (K,), (K, L)
-    return Look(probabilities, label, similarity, support, plan)
+    return Look(probabilities, label, similarity, support, plan if model.has_plan else None)
+
+
+def shares_support(model):
+    """Whether all prompts of a class look at the same patches: SOT-GLP and what is built on it."""
+    return isinstance(model, SOTGLP) and not isinstance(model, IndependentTopK)
 
 
 @torch.no_grad()
@@ -260,13 +262,13 @@ def figure_2(model, text_features, image, name, truth=None, label=None):
         maps = [stack(prompt_maps(picture, seen.similarity, bounds, SMALL), 4), scale_bar(HEAT, *bounds),
                 text_panel("cosine of a patch and a prompt, in the same colours in all maps; framed: the three best "
                            "patches of each prompt", fill=FAINT)]
-    if seen.plan is not None:
-        K, L = seen.plan.shape
+    if seen.support is not None:
         support = heat_map(picture, saliency(seen.similarity), bounds, WIDE, seen.support)
-        top += [titled(support, "the support", f"mean cosine over the prompts (Eq. 7); framed: the {K} best patches, "
-                       "which all prompts share (Eq. 8)"),
-                titled(plan_table(seen.plan), "the transport plan", "how much of each patch goes to each prompt, in "
-                       f"units of the uniform plan, 1 / {K * L} (Eq. 9)")]
+        top.append(titled(support, "the support", f"mean cosine over the prompts (Eq. 7); framed: the "
+                          f"{len(seen.support)} best patches, which all prompts share (Eq. 8)"))
+    if seen.plan is not None:
+        top.append(titled(plan_table(seen.plan), "the transport plan", "how much of each patch goes to each prompt, "
+                          f"in units of the uniform plan, 1 / {seen.plan.numel()} (Eq. 9)"))
     return sheet(f"{name}, with the prompts of \"{model.class_names[seen.label]}\"",
                  [stack(top, 3, (WIDTH - 3 * WIDE) // 2), *maps, bars(seen, model.class_names, truth)])
 
@@ -321,7 +323,7 @@ def bars(seen, class_names, truth):
 
 # ---- the streams, a training batch, curves -------------------------------------------------------------------
 
-STREAMS = {"vv": "V-V patch tokens (Eq. 2)", "vv_alias": "V-V patch tokens of the released code",
+STREAMS = {"vv": "V-V patch tokens (Eq. 2)", "released_vv": "V-V patch tokens of the released code",
            "qk": "ordinary patch tokens (Table 2, w/o V-V)",
            "value": "value-path patch tokens (GL-MCM): in the last block each patch attends to itself alone"}
 
@@ -338,7 +340,7 @@ def streams(model, text_features, image, name, truth=None, label=None):
         similarity = patch_cosines(model, tokens, text_features, label)                    # (P, L)
         bounds = similarity.min().item(), similarity.max().item()
         maps = prompt_maps(picture, similarity, bounds, side)
-        if type(model) is SOTGLP:
+        if shares_support(model):
             support, _ = transport(similarity, model.n_support)
             maps.insert(0, titled(heat_map(picture, saliency(similarity), bounds, side, support), "support (Eq. 7-8)"))
         parts += [text_panel("the run's own: " * (stream == model.stream) + STREAMS[stream], size=20),
@@ -438,6 +440,9 @@ def parse_args(argv=None):
     mode.add_argument("--curves", action="store_true", help="log.jsonl over the epochs, all RUNs in one picture")
     picture_options(parser)
     add("--class", dest="class_name", metavar="NAME", help="whose prompts are shown (those of the predicted class)")
+    add("--n-support", type=int, metavar="N", help="K to look with, in place of the run's own")
+    add("--epsilon", type=float, metavar="X", help="entropy weight to look with")
+    add("--n-iters", type=int, metavar="N", help="Sinkhorn iterations to look with")
     add("--output", metavar="DIR", help="where the PNG files go (RUN/pictures)")
     args = parser.parse_args(argv)
     if len(args.runs) > (26 if args.curves else 1):
@@ -446,6 +451,23 @@ def parse_args(argv=None):
         parser.error("--images, --split and --class do not go with --batch and --curves")
     check_picture_options(parser, args)
     return args
+
+
+def look_otherwise(model, settings):
+    """Changes what a finished run transports with: {attribute: value or None} -> those that are given.
+
+    Raises ValueError for what the method does not have and for values that cannot work.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    for name, value in given.items():
+        option = "--" + name.replace("_", "-")
+        if not hasattr(model, name) or not (model.has_plan or name == "n_support"):
+            raise ValueError(f"{option}: the method of this run has none")
+        if value < (1e-6 if name == "epsilon" else 1):
+            raise ValueError(f"{option} must be at least {'1e-6' if name == 'epsilon' else 1}, got {value}")
+        setattr(model, name, value)
+    check_support(getattr(model, "n_support", 1), len(model.clip.visual.positional_embedding) - 1)
+    return given
 
 
 @machine.plain_errors()
@@ -471,12 +493,15 @@ def main(args):
                          + ", ".join(map(repr, near)))
     label = class_names.index(args.class_name) if args.class_name else None
     model = runs.build(run, checkpoint, args.device)
+    changed = look_otherwise(model, {name: getattr(args, name) for name in ("n_support", "epsilon", "n_iters")})
     with torch.no_grad():
         text_features = model.encode_prompts()
     kind, draw = ("streams", streams) if args.streams else ("figure2", figure_2)
+    kind = "-".join([kind, *(f"{name.replace('_', '-')}{value:g}" for name, value in changed.items())])
     for i, (path, truth, image) in enumerate(chosen(run, checkpoint, model, args), 1):
         name = re.sub(r"[^\w.]+", "-", "-".join(Path(path).with_suffix("").parts[-3:])).strip("-")
-        save(f"{kind}-{i}-{name}", draw(model, text_features, image, path, truth, label))
+        told = ", ".join([path, *(f"{name} {value:g} in place of {config[name]:g}" for name, value in changed.items())])
+        save(f"{kind}-{i}-{name}", draw(model, text_features, image, told, truth, label))
 
 
 if __name__ == "__main__":

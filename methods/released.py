@@ -36,6 +36,7 @@ class Released(SOTGLP):
     """
 
     DEFAULTS = {**SOTGLP.DEFAULTS, "warmup_epochs": 0}     # the paper: 5
+    has_plan = True
     ood_temperature = 1000.0                               # of their training script; every paper has 1
 
     def __init__(self, clip_model, class_names, n_global=3, n_local=4, n_support=10, epsilon=0.1, n_iters=20,

@@ -7,7 +7,7 @@ from sotglp import SOTGLP
 class IndependentTopK(SOTGLP):
     """Each local prompt keeps its own best patches, as in GalLoP: no shared support, no transport.
 
-    n_support: how many. What log.jsonl says of a plan is of the one that is not used.
+    n_support: how many.
     """
 
     def __init__(self, clip_model, class_names, n_support=10, **text_options):

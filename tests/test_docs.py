@@ -9,9 +9,14 @@ import shlex
 import sys
 
 import pytest
+import torch
 
 import clip
-from conftest import PROJECT
+import harness.options
+import methods
+from conftest import PROJECT, read, train
+from extras import visualize
+from harness import runs
 
 CELL = r"`([\w.]+)`"
 ROWS = re.findall(r"^\| ((?:Sec\. |Figure )?[\d.-]+) \| .* \| " + CELL + r" \| .* \| " + CELL + r" \|$",
@@ -89,3 +94,20 @@ def test_readme_names_files_that_exist():
     named = set(re.findall(r"`((?:clip|tests)?/?[\w/]+\.(?:py|md|gz))`", (PROJECT / "README.md").read_text()))
     missing = [name for name in named if not (PROJECT / name).exists()]
     assert named and not missing
+
+
+def test_ones_own_method_runs_as_it_is_pasted(options, tmp_path, monkeypatch):
+    snippet = re.search(r"```python\n(.*?)```", (PROJECT / "docs/own_method.md").read_text(), re.DOTALL)[1]
+    pasted = {"__name__": "mean"}
+    exec(snippet, pasted)
+    monkeypatch.setitem(methods.METHODS, "mean", pasted["MeanOfKept"])
+    monkeypatch.setitem(methods.OPTIONS, "mean", methods.constructor_options(pasted["MeanOfKept"]))
+    monkeypatch.setattr(harness.options, "method_names", lambda: [*methods.METHODS])
+    at = options.index("--n-iters")
+    train(*options[:at], *options[at + 2:], "--method", "mean", "--epochs", 1, "--output-dir", tmp_path / "run")
+    result, log, _ = read(tmp_path / "run")
+    assert result["config"]["n_support"] == 5 and "epsilon" not in result["config"]
+    assert "overlap" in log[0] and not {"plan_entropy", "row_error"} & {*log[0]}   # it has no plan
+    model = runs.load_run(tmp_path / "run")
+    seen = visualize.look(model, torch.randn(1, 3, 32, 32), model.encode_prompts())
+    assert len(seen.support) == 5 and seen.plan is None

@@ -156,6 +156,8 @@ def test_scales_rise_in_lightness_so_that_grey_print_keeps_their_order(scale):
 
 def test_a_method_without_patches_gets_picture_and_bars(white_square):
     class Method(SimpleNamespace):
+        has_plan = False
+
         def __call__(self, images, drawn, text_features):
             return self.answer
     scores, texts = torch.tensor([[2.0, 1.0]]), torch.rand(2, 32)
@@ -266,6 +268,28 @@ def test_the_script_draws_streams_of_own_pictures_read_as_people_see_them(traine
     draw(trained, "--streams", "--images", pictures / "test/sea/1.png", "--class", "wood", "--output", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["streams-1-test-sea-1.png"]
     assert read == [True]
+
+
+def test_a_finished_run_is_looked_at_with_other_settings(trained, pictures, tmp_path, monkeypatch):
+    seen, look = [], visualize.look
+    monkeypatch.setattr(visualize, "look", lambda *args: seen.append(look(*args)) or seen[-1])
+    picture = ("--images", pictures / "test/sea/1.png", "--output", tmp_path)
+    draw(trained, *picture)
+    draw(trained, *picture, "--n-support", 3, "--epsilon", 0.01, "--n-iters", 200)
+    assert [look.plan.shape for look in seen] == [(5, 4), (3, 4)]
+    assert seen[1].support.tolist() == seen[0].support[:3].tolist()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "figure2-1-test-sea-1.png", "figure2-n-support3-epsilon0.01-n-iters200-1-test-sea-1.png"]
+    for options, complaint in ((("--epsilon", 0), "--epsilon must be at least 1e-6, got 0"),
+                               (("--n-support", 17), "cannot keep 17 of 16 patches")):
+        with pytest.raises(SystemExit, match=complaint):
+            draw(trained, *picture, *options)
+
+
+def test_settings_of_a_plan_are_refused_where_there_is_none(towers):
+    for method, option in (("independent", "epsilon"), ("coop", "n_support")):
+        with pytest.raises(ValueError, match=f"--{option.replace('_', '-')}: the method of this run has none"):
+            visualize.look_otherwise(METHODS[method](towers, ["sea", "red clay"]), {option: 2})
 
 
 def test_the_batch_is_what_training_sees_first(trained):
