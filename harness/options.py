@@ -91,6 +91,9 @@ def make_parser(method, dataset, description=None):
     parser = Parser("python train.py [options]", description)
     methods = method_names()
     if method not in methods:
+        from methods import METHODS  # why here: it needs torch
+        methods = [*METHODS]
+    if method not in methods:
         parser.error(f"no method is called {method!r}: {near([method], methods)}there are {', '.join(methods)}")
     options, recipe = (PAPER_OPTIONS, PAPER_RECIPE) if method == "sotglp" else options_of(method, dataset)
     add_data_options(parser.add_argument_group("what is trained on what").add_argument, method, methods)

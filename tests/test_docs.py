@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import clip
-import harness.options
 import methods
 from conftest import PROJECT, read, train
 from extras import visualize
@@ -102,7 +101,6 @@ def test_ones_own_method_runs_as_it_is_pasted(options, tmp_path, monkeypatch):
     exec(snippet, pasted)
     monkeypatch.setitem(methods.METHODS, "mean", pasted["MeanOfKept"])
     monkeypatch.setitem(methods.OPTIONS, "mean", methods.constructor_options(pasted["MeanOfKept"]))
-    monkeypatch.setattr(harness.options, "method_names", lambda: [*methods.METHODS])
     at = options.index("--n-iters")
     train(*options[:at], *options[at + 2:], "--method", "mean", "--epochs", 1, "--output-dir", tmp_path / "run")
     result, log, _ = read(tmp_path / "run")
