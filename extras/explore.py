@@ -35,7 +35,7 @@ PAPER = Path(__file__).resolve().parent.parent / "PAPER.md"
 
 def described(model):
     """What the page must know of a method: its parts, and the run's own values of what a reader moves."""
-    n_patches, top_k = len(model.clip.visual.positional_embedding) - 1, None
+    n_patches, top_k, scale = len(model.clip.visual.positional_embedding) - 1, None, model.scale.item()
     if isinstance(model, GalLoP):
         top_k = [min(k, n_patches) for k in model.top_k]
     elif isinstance(model, IndependentTopK):
@@ -44,7 +44,6 @@ def described(model):
              "lambda": hasattr(model, "lambda_local")}
     settings = {"K": getattr(model, "n_support", n_patches), "epsilon": getattr(model, "epsilon", 0.1),
                 "iterations": getattr(model, "n_iters", 20), "lambda": getattr(model, "lambda_local", 1)}
-    scale = model.scale.item()
     local_scale = scale / model.local_prompts.shape[-3] if isinstance(model, Released) else scale
     return {"class_names": model.class_names, "parts": parts, "settings": settings, "top_k": top_k,
             "global_scale": scale, "local_scale": local_scale}
@@ -68,12 +67,12 @@ def look(model, text_features, image, name, truth=None):
     if not (model.has_plan or isinstance(model, (SOTGLP, GalLoP))):
         scores = {"global": decisive}                    # what leads to any other score is not in Eq. 4-11
     picture = {"name": str(name), "truth": truth, "labels": labels, "image": png(visualize.picture_of(image)),
-               "similarity": rounded(torch.stack(similarity))}
+               "similarity": packed(torch.stack(similarity))}
     if len(scores) > 1:
-        picture["cosines"] = rounded(global_cosines(model, features, *text_features)[labels])
+        picture["cosines"] = packed(global_cosines(model, features, *text_features)[labels])
     elif "global" in scores:
-        picture["cosines"] = rounded(decisive[labels, None] / model.scale)
-    return picture | {score: rounded(scores[score]) for score in ("global", "local") if score in scores}
+        picture["cosines"] = packed(decisive[labels, None] / model.scale)
+    return picture | {score: packed(scores[score]) for score in ("global", "local") if score in scores}
 
 
 def global_cosines(model, features, prompts, *others):
@@ -82,9 +81,10 @@ def global_cosines(model, features, prompts, *others):
     return torch.cat([model.cosines(features, (prompt, *others))[0] for prompt in prompts.split(1, dim=1)]).T
 
 
-def rounded(numbers):
-    """Numbers as lists. why six digits: with four, the plan of a small epsilon would be wrong by percents."""
-    return torch.round(numbers.double().cpu(), decimals=6).tolist()
+def packed(numbers):
+    """A tensor as {"shape", "float32": base64}. why not half: the plan of a small epsilon would be wrong by percents."""
+    values = numbers.float().cpu().contiguous().numpy().astype("<f4")
+    return {"shape": list(numbers.shape), "float32": base64.b64encode(values.tobytes()).decode()}
 
 
 def png(picture):
