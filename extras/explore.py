@@ -3,9 +3,9 @@
     python -m extras.explore RUN                          eight pictures of the test split
     python -m extras.explore RUN --images a.jpg b.png     your own
 
-RUN/pictures/explore.html is one file, which needs no server, no network and no library. Python computes here what needs
-the model: cosines and logits. The page, whose template is explore.html, computes Eq. 4 and 7-11 from them whenever its
-reader moves something. A method without a plan or without a global score gets the parts that it has.
+RUN/pictures/explore.html is one file, which needs no server, no network and no library. Python computes what
+needs the model: cosines and logits. The page, whose template is explore.html, computes Eq. 4 and 7-11 from
+them whenever its reader moves something. A method without a plan or a global score gets the parts it has.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from harness import machine, runs
 from methods.gallop import GalLoP
 from methods.released import Released
 from methods.variants import IndependentTopK
-from sotglp import SOTGLP
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 PAPER = Path(__file__).resolve().parent.parent / "PAPER.md"
@@ -35,11 +34,14 @@ PAPER = Path(__file__).resolve().parent.parent / "PAPER.md"
 
 def described(model):
     """What the page must know of a method: its parts, and the run's own values of what a reader moves."""
-    n_patches, top_k, scale = len(model.clip.visual.positional_embedding) - 1, None, model.scale.item()
+    n_patches = len(model.clip.visual.positional_embedding) - 1
+    scale = model.scale.item()
+    top_k = None
     if isinstance(model, GalLoP):
         top_k = [min(k, n_patches) for k in model.top_k]
     elif isinstance(model, IndependentTopK):
         top_k = [model.n_support] * model.local_prompts.shape[-3]
+
     parts = {"plan": model.has_plan, "own": bool(top_k), "halved": isinstance(model, GalLoP),
              "lambda": hasattr(model, "lambda_local")}
     settings = {"K": getattr(model, "n_support", n_patches), "epsilon": getattr(model, "epsilon", 0.1),
@@ -51,9 +53,9 @@ def described(model):
 
 @torch.no_grad()
 def look(model, text_features, image, name, truth=None):
-    """The numbers of a picture (3, R, R): of the five likeliest classes and the true one, and the logits of all.
+    """The numbers of a picture (3, R, R): the logits of all classes, and what leads to them for some.
 
-    Raises ValueError where the method compares no patches.
+    These are the five likeliest classes and the true one. Raises ValueError for a method without patches.
     """
     features = model.features(image[None])
     outputs = model(features, None, text_features)
@@ -61,17 +63,20 @@ def look(model, text_features, image, name, truth=None):
     scores = {score: values[0] for score, values in model.scores(outputs).items()} # (C,) each
     labels = decisive.topk(min(5, len(decisive))).indices.tolist()
     labels += [truth] if truth not in (None, *labels) else []
-    similarity = [visualize.patch_cosines(model, features, text_features, label) for label in labels]  # (P, L)
+
+    similarity = [visualize.patch_cosines(model, features, text_features, label) for label in labels]
     if similarity[0] is None:
         raise ValueError("the method of this run compares no patches: there is no Eq. 7-11 to move")
-    if not (model.has_plan or isinstance(model, (SOTGLP, GalLoP))):
+    parts = described(model)["parts"]
+    if not parts["plan"] and not parts["own"]:
         scores = {"global": decisive}                    # what leads to any other score is not in Eq. 4-11
+
     picture = {"name": str(name), "truth": truth, "labels": labels, "image": png(visualize.picture_of(image)),
-               "similarity": packed(torch.stack(similarity))}
+               "similarity": packed(torch.stack(similarity))}                      # (c, P, L)
     if len(scores) > 1:
-        picture["cosines"] = packed(global_cosines(model, features, *text_features)[labels])
+        picture["cosines"] = packed(global_cosines(model, features, *text_features)[labels])   # (c, G)
     elif "global" in scores:
-        picture["cosines"] = packed(decisive[labels, None] / model.scale)
+        picture["cosines"] = packed(decisive[labels, None] / model.scale)          # (c, 1)
     return picture | {score: packed(scores[score]) for score in ("global", "local") if score in scores}
 
 
@@ -82,7 +87,7 @@ def global_cosines(model, features, prompts, *others):
 
 
 def packed(numbers):
-    """A tensor as {"shape", "float32": base64}. why not half: the plan of a small epsilon would be wrong by percents."""
+    """A tensor as text. why not in half precision: the plan of a small epsilon would be wrong by percents."""
     values = numbers.float().cpu().contiguous().numpy().astype("<f4")
     return {"shape": list(numbers.shape), "float32": base64.b64encode(values.tobytes()).decode()}
 
@@ -100,17 +105,20 @@ def page(numbers, paper):
     paper: the address of PAPER.md.
     """
     template = TEMPLATE.read_text(encoding="utf-8").replace('href="PAPER.md', f'href="{quote(paper)}')
-    digests = [hashlib.sha256(code.encode()).digest() for code in re.findall("<script>(.*?)</script>", template, re.S)]
-    allowed = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+    scripts = re.findall("<script>(.*?)</script>", template, re.DOTALL)
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}; " \
              "base-uri 'none'; form-action 'none'"
     # why: a "<" in a class name could end the element that holds the numbers
-    return template.replace("{{policy}}", policy).replace("{{data}}", json.dumps(numbers).replace("<", "\\u003c"))
+    data = json.dumps(numbers).replace("<", "\\u003c")
+    return template.replace("{{policy}}", policy).replace("{{data}}", data)
 
 
 def parse_args(argv=None):
     """The options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("run", metavar="RUN", help="a folder that train.py wrote")
     visualize.picture_options(parser)
     parser.add_argument("--output", metavar="FILE", help="the page, FILE.html (RUN/pictures/explore.html)")
@@ -132,6 +140,7 @@ def main(args):
         text_features = model.encode_prompts()
     pictures = [look(model, text_features, image, path, truth)
                 for path, truth, image in visualize.chosen(args.run, checkpoint, model, args)]
+
     args.output.parent.mkdir(parents=True, exist_ok=True)
     paper = Path(os.path.relpath(PAPER, args.output.parent.resolve())).as_posix()
     machine.write_text(args.output, page({"run": args.run, **described(model), "pictures": pictures}, paper))

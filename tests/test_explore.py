@@ -1,4 +1,4 @@
-"""The page in which a reader moves the equations: its functions are sotglp.py's, its numbers are the model's."""
+"""The page in which a reader moves the equations: its functions are sotglp.py's, its numbers the model's."""
 
 import base64
 import json
@@ -20,25 +20,31 @@ from methods.gallop import top_k_mean
 from sinkhorn import sinkhorn
 from sotglp import SOTGLP, fuse, global_logits, local_logits, saliency, sparse_support
 
-NAMES = ["sea", "</script><script>window.harm = 1</script>", "red clay", "a & b", "{{policy}}", "wood", "\u2028 \"x\""]
+NAMES = ["sea", "</script><script>window.harm = 1</script>", "red clay", "a & b", "{{policy}}", "wood",
+         "\u2028 \"x\""]
 HOME, END, RIGHT, DOWN = "\ue011", "\ue010", "\ue014", "\ue015"       # keys, as WebDriver names them
 
 
 @pytest.fixture(scope="module")
 def equations():
-    """A function that calls the page's own ones in node: equations((name, argument, ...), ...) -> their values."""
+    """What calls the page's own functions in node: equations((name, argument, ...), ...) -> their values."""
     if shutil.which("node") is None:
         pytest.skip("no node here")
     code = re.search("<script>(.*?)</script>", explore.TEMPLATE.read_text(encoding="utf-8"), re.S)[1]
     names = re.findall(r"^function (\w+)", code, re.M)
-    code += f"const named = {{{', '.join(names)}}};\n" \
-        "require('readline').createInterface({input: process.stdin}).on('line', (line) => console.log(JSON.stringify(" \
-        "JSON.parse(line).map(([name, ...rest]) => named[name](...rest)))));"
-    with subprocess.Popen(["node", "-e", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    code += f"""
+        const functions = {{{', '.join(names)}}};
+        require("readline").createInterface({{input: process.stdin}}).on("line", (line) =>
+          console.log(JSON.stringify(JSON.parse(line).map(([name, ...rest]) => functions[name](...rest)))));
+    """
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(["node", "-e", code], **pipes) as process:
         def call(*calls):
             calls = [[part.tolist() if torch.is_tensor(part) else part for part in call] for call in calls]
             print(json.dumps(calls), file=process.stdin, flush=True)
-            return [torch.tensor(value, dtype=torch.float64) for value in json.loads(process.stdout.readline())]
+            values = json.loads(process.stdout.readline())
+            return [torch.tensor(value, dtype=torch.float64) for value in values]
+
         yield call
         process.stdin.close()
 
@@ -59,8 +65,8 @@ def test_the_pages_transport_is_sotglps(equations, P, L, K, epsilon, n_iters):
     kept, patches = kept[order], patches[order]
     plan = sinkhorn(1 - kept, epsilon=epsilon, n_iters=n_iters)
     salient, support, found, terms = equations(
-        ("saliency", similarity), ("support", saliency(similarity), K), ("sinkhorn", 1 - kept, epsilon, 2 * n_iters),
-        ("phi", plan, kept))
+        ("saliency", similarity), ("support", saliency(similarity), K),
+        ("sinkhorn", 1 - kept, epsilon, 2 * n_iters), ("phi", plan, kept))
     assert_close(salient, saliency(similarity))
     assert support.tolist() == patches.tolist()
     assert_close(found, plan)
@@ -118,9 +124,9 @@ def unpacked(fields):
         fields["shape"]).tolist()
 
 
-@pytest.mark.parametrize("method, options", [("sotglp", {"n_support": 5, "epsilon": 0.02, "n_iters": 3}), ("dense", {}),
-                                             ("released", {"n_support": 3}), ("plot", {}),
-                                             ("gallop", {"top_k": (1, 3, 5, 20)}), ("independent", {"n_support": 3})])
+@pytest.mark.parametrize("method, options", [
+    ("sotglp", {"n_support": 5, "epsilon": 0.02, "n_iters": 3}), ("released", {"n_support": 3}),
+    ("dense", {}), ("plot", {}), ("gallop", {"top_k": (1, 3, 5, 20)}), ("independent", {"n_support": 3})])
 def test_at_the_settings_of_the_run_the_page_shows_the_runs_own_numbers(equations, method, options):
     model = METHODS[method](random_clip(), NAMES, **options).eval()
     _, data, images = page_of(model)
@@ -131,7 +137,7 @@ def test_at_the_settings_of_the_run_the_page_shows_the_runs_own_numbers(equation
     picture = data["pictures"][1]
     assert picture["labels"][:5] == next(iter(scores.values()))[0].topk(5).indices.tolist()
     assert set(picture["labels"][5:]) <= {6} and 6 in picture["labels"]
-    assert (has["plan"], has["own"]) == (method in ("sotglp", "released", "dense", "plot"), method in ("gallop", "independent"))
+    assert has["own"] == (method in ("gallop", "independent")) == (not has["plan"])
     for i, label in enumerate(picture["labels"]):
         similarity = torch.tensor(picture["similarity"][i])
         if has["plan"]:
@@ -162,7 +168,8 @@ def test_a_method_with_a_global_score_alone_shows_that(method):
     with torch.no_grad():
         expected = model(images[:1])[0][0]
     assert picture["global"] == pytest.approx(expected.tolist(), abs=1e-5)
-    assert data["global_scale"] * picture["cosines"][1][0] == pytest.approx(picture["global"][picture["labels"][1]], rel=1e-4)
+    logit = picture["global"][picture["labels"][1]]
+    assert data["global_scale"] * picture["cosines"][1][0] == pytest.approx(logit, rel=1e-4)
 
 
 def test_a_method_without_patches_is_refused():
@@ -209,9 +216,10 @@ def test_the_command_replaces_the_page_whole(trained, tmp_path, capsys):
 def test_a_picture_that_cannot_be_read_is_named_and_nothing_is_written(trained, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     Image.new("RGB", (40, 40)).save(tmp_path / "good.png")
+    images, page = (tmp_path / "good.png", tmp_path / "broken.png"), tmp_path / "a.html"
     with pytest.raises(SystemExit, match="cannot read picture .*broken.png"):
-        write(trained, "--images", tmp_path / "good.png", tmp_path / "broken.png", "--output", tmp_path / "a.html")
-    assert not (tmp_path / "a.html").exists()
+        write(trained, "--images", *images, "--output", page)
+    assert not page.exists()
 
 
 @pytest.mark.parametrize("options", [["run", "--count", "0"], ["run", "--output", "run/last.pt"], [],
@@ -225,13 +233,14 @@ def test_options_that_make_no_sense_are_refused(options):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium, driven over HTTP by its driver: browser(method, path, **fields) -> the value of the answer."""
+    """Chromium, driven over HTTP: browser(method, path, **fields) -> the value of its driver's answer."""
     driver, chromium = shutil.which("chromedriver"), shutil.which("chromium") or shutil.which("google-chrome")
     if not driver or not chromium:
         pytest.skip("no chromedriver, or no Chromium, here")
     process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True)
     try:
-        port = next(match[1] for line in process.stdout if (match := re.search(r"successfully on port (\d+)", line)))
+        started = (re.search(r"successfully on port (\d+)", line) for line in process.stdout)
+        port = next(match[1] for match in started if match)
 
         def ask(method, path, **fields):
             body = json.dumps(fields).encode() if method == "POST" else None
@@ -243,7 +252,8 @@ def browser():
                 raise RuntimeError(json.load(error)["value"]["message"].splitlines()[0]) from None
 
         arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        wanted = {"goog:chromeOptions": {"args": arguments, "binary": chromium}, "goog:loggingPrefs": {"browser": "ALL"}}
+        wanted = {"goog:chromeOptions": {"args": arguments, "binary": chromium},
+                  "goog:loggingPrefs": {"browser": "ALL"}}
         session = "/" + ask("POST", "", capabilities={"alwaysMatch": wanted})["sessionId"]
         yield lambda method, path, **fields: ask(method, session + path, **fields)
         ask("DELETE", session)
@@ -273,9 +283,6 @@ def test_a_reader_moves_everything_in_a_browser(browser, tmp_path):
     def shown(selector):
         return js(f"document.querySelector({selector!r}).textContent").strip().replace("\u202f", " ")
 
-    def final(global_logit, local_logit, weight=0.25):
-        return f"{global_logit + weight * local_logit:.2f}"
-
     browser("POST", "/goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride",
             params={"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True})
     browser("POST", "/url", url=(tmp_path / "page.html").as_uri())
@@ -286,12 +293,13 @@ def test_a_reader_moves_everything_in_a_browser(browser, tmp_path):
     # at the settings of the run: its own numbers, and names as text
     picture = data["pictures"][0]
     label = picture["labels"][0]
-    assert shown("#decision td:nth-child(4)").startswith(final(picture["global"][label], picture["local"][label]))
+    final = f"{picture['global'][label] + 0.25 * picture['local'][label]:.2f}"
+    assert shown("#decision td:nth-child(4)").startswith(final)
     assert shown("#local td:last-child") == f"{picture['local'][label]:.2f}"
     seen = visualize.look(model, images[:1], model.encode_prompts(), label)
     assert shown("#transport td:nth-child(6)") == f"{100 * seen.plan[0, 0]:.2f}"
-    assert js("[...document.querySelectorAll('#local th:first-child')].map((part) => part.textContent).slice(1)") == \
-        [NAMES[c] + " (true)" * (c == 6) for c in picture["labels"]]
+    names = js("[...document.querySelectorAll('#local th.class')].map((part) => part.textContent)")
+    assert names == [f"{NAMES[6]} (true)" if label == 6 else NAMES[label] for label in picture["labels"]]
     assert js("window.harm === undefined")
 
     # each slider, by keyboard, and what it moves
@@ -312,7 +320,7 @@ def test_a_reader_moves_everything_in_a_browser(browser, tmp_path):
     click("label:has([value=converged])")
     assert " 0.00 % in rows, 0.00 % in columns" in shown("#facts")
     click("label:has([value=uniform])")
-    assert shown("#transport td:nth-child(7)") == "5.00"                           # 100 % / (5 patches * 4 prompts)
+    assert shown("#transport td:nth-child(7)") == "5.00"           # 100 % / (5 patches * 4 prompts)
     click("label:has([value=steps])")
     click("#step")
     assert " 0.00 % in rows" in shown("#facts") and " 0.00 % in columns" not in shown("#facts")
