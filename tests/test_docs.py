@@ -1,7 +1,10 @@
 """PAPER.md and README.md name what exists: functions, tests, options, files."""
 
 import ast
+import contextlib
+import functools
 import importlib
+import io
 import os
 import re
 import runpy
@@ -54,19 +57,68 @@ def test_row_names_a_function_that_carries_its_number_and_a_test(label, where, t
     assert callable(resolve(test))
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "data.py", "ood.py", "extras/visualize.py",
-                                    "sources/critters.py", "extras/compare.py"])
-def test_readme_uses_options_that_exist(script, monkeypatch, capsys):
-    readme = (PROJECT / "README.md").read_text()
-    called = script if "/" not in script else "-m " + script.removesuffix(".py").replace("/", ".")
-    commands = re.findall(rf"^.*?(?<!\w){re.escape(called)}\b(.*)$", readme, re.MULTILINE)
-    used = {word.split("=")[0] for command in commands for word in shlex.split(command.split("`")[0], comments=True)
-            if word.startswith("--")}
-    monkeypatch.setattr(sys, "argv", [script, "--help"])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(PROJECT / script), run_name="__main__")
-    assert stop.value.code == 0 and used
-    assert used <= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+# ---- commands and code of the pages --------------------------------------------------------------------------
+
+PAGES = ["README.md", "PAPER.md", "clip/README.md", *sorted(f"docs/{path.name}" for path in (PROJECT / "docs").glob("*.md"))]
+COMMAND = re.compile(r"(?:python|torchrun)\b[^\n`|]*?(?:-m (?P<module>(?:extras|sources|methods)\.\w+)|(?P<file>[\w/]+\.py))"
+                     r"(?P<words>[^\n`]*)")
+
+
+def commands(page):
+    """The commands of a page: (script, its words)."""
+    for found in COMMAND.finditer((PROJECT / page).read_text()):
+        script = found["file"] or found["module"].replace(".", "/") + ".py"
+        yield script, shlex.split(found["words"].rstrip(".,;:"), comments=True)
+
+
+@functools.cache
+def options_of(script, method):
+    """The options that a command's --help shows, of train.py those of a method."""
+    argv = [script, *(("--method", method) if method else ()), "--help"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(PROJECT / script), run_name="__main__")
+    assert stop.value.code == 0
+    return set(re.findall(r"--[\w-]+", printed.getvalue()))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_of_a_page_exist_with_their_options(page):
+    for script, words in commands(page):
+        assert (PROJECT / script).exists(), f"{page} calls {script}"
+        method = words[words.index("--method") + 1] if script == "train.py" and "--method" in words else None
+        method = None if method in ("NAME", "mean") else method   # one of yours: the shared options
+        used = {word.split("=")[0] for word in words if word.startswith("--")}
+        assert used <= options_of(script, method), f"{page}: {script} {' '.join(words)}"
+
+
+def test_the_readme_has_commands_of_each_kind():
+    scripts = {script for script, _ in commands("README.md")}
+    assert scripts >= {"train.py", "evaluate.py", "data.py", "ood.py", "extras/compare.py", "extras/visualize.py",
+                       "extras/explore.py", "extras/tables.py"}
+
+
+def test_the_ten_lines_of_the_readme_print_what_they_say(capsys):
+    code, = re.findall(r"^```python\n(.*?)^```$", (PROJECT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    exec(code, {})
+    assert len([line for line in code.splitlines() if line]) <= 11
+    assert code.rstrip().endswith("# " + capsys.readouterr().out.rstrip())
+
+
+def test_links_between_the_pages_lead_somewhere():
+    for page in PAGES:
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(#[^)\s]+)?\)", (PROJECT / page).read_text()):
+            path = (PROJECT / page).parent / target if target else PROJECT / page
+            assert path.exists(), f"{page} links to {target}"
+            if anchor and path.suffix == ".md":
+                headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+                slugs = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+                assert anchor[1:] in slugs, f"{page} links to {target}{anchor}"
+
+
+def test_the_readme_is_short():
+    assert len((PROJECT / "README.md").read_text().splitlines()) <= 130
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py", "ood.py", "extras/visualize.py", "data.py",
