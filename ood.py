@@ -41,11 +41,12 @@ SOURCES = ("get iNaturalist, SUN and Places from http://pages.cs.wisc.edu/~huang
 # The rows, controls first. GL-MCM was published on the value path of the last block; nothing is published for V-V.
 ROWS = {"zero_shot_mcm": "zero-shot MCM", "zero_shot_gl_mcm": "zero-shot GL-MCM, value path",
         "zero_shot_gl_mcm_vv": "zero-shot GL-MCM, V-V, none published",
-        "mcm": "this run's MCM", "l_mcm": "this run's L-MCM", "gl_mcm": "this run's GL-MCM"}
+        "mcm": "this run's MCM", "l_mcm": "this run's L-MCM", "gl_mcm": "this run's GL-MCM",
+        "own": "this method's own score"}
 # Which row a score of a method of `make_methods` fills.
 ROW_OF = {("value", "mcm"): "zero_shot_mcm", ("value", "gl_mcm"): "zero_shot_gl_mcm",
           ("vv", "gl_mcm"): "zero_shot_gl_mcm_vv",
-          ("run", "mcm"): "mcm", ("run", "l_mcm"): "l_mcm", ("run", "gl_mcm"): "gl_mcm"}
+          ("run", "mcm"): "mcm", ("run", "l_mcm"): "l_mcm", ("run", "gl_mcm"): "gl_mcm", ("run", "own"): "own"}
 
 
 # ---- scores: Sec. 3.5, "we follow the GL-MCM protocol" -------------------------------------------------------
@@ -176,6 +177,8 @@ def confidences(images, methods, text_features, temperature=1.0, local_weight=1.
             scores["l_mcm"] = l_mcm(patch_cosines, temperature)
         if cosines is not None and patch_cosines is not None:
             scores["gl_mcm"] = gl_mcm(cosines, patch_cosines, temperature, local_weight)
+        if hasattr(method, "confidence"):
+            scores["own"] = method.confidence(features, text_features[name]).double()
         rows |= {ROW_OF[name, score]: values for score, values in scores.items() if (name, score) in ROW_OF}
 
     outputs = method(features, None, text_features[name])      # of the last method
@@ -291,7 +294,8 @@ def parse_args(argv=None):
         "training script: nearly a linear score (1, and 1000 for a RUN of --method released)")
     add("--local-weight", type=float, default=1.0, help="of L-MCM in GL-MCM; 1 for SOT-GLP, GalLoP and LoCoOp, 0.5 in "
         "GL-MCM's own ImageNet script (%(default)s)")
-    add("--csv", metavar="FILE", help="path, set, GL-MCM score and predicted class of every picture: sort by score")
+    add("--csv", metavar="FILE", help="path, set, score and predicted class of every picture: sort by score. It is the "
+        "score of the last row: the method's own, else GL-MCM where there is one")
     add("--device", default=machine.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
     add("--workers", type=int, help="processes that read pictures (up to 8 on CUDA, 0 on CPU)")
     add("--amp", choices=("off", *machine.HALF), help="mixed precision of the towers (fp16 on CUDA, off on CPU)")

@@ -221,9 +221,9 @@ class Method(nn.Module):
         words = words.to(self.clip.logit_scale.device, non_blocking=True)
         return self.clip.token_embedding(words)
 
-    def encode(self, prompts, suffix="", deep=None):
-        """Prompts with the names of all classes -> unit (C, N, D), see `ClassTexts`.  Eq. 1"""
-        return self.text_encoder(prompts, suffix, deep)
+    def encode(self, prompts, suffix="", deep=None, raw=False):
+        """Prompts with the names of all classes -> unit (C, N, D), or raw, see `ClassTexts`.  Eq. 1"""
+        return self.text_encoder(prompts, suffix, deep, raw)
 
     def encode_prompts(self):
         """The text features of what is learned so far, for tests that compute them once."""

@@ -107,8 +107,11 @@ def set_up(args, rank, world, device):
         runs.check_free(run.folder, config, args.resume, args.overwrite)
     if args.resume and (run.folder / "last.pt").exists():
         resume(run)
-    elif args.resume and rank == 0:
-        print(f"nothing to resume in {run.folder}, which has no last.pt: the run starts anew")
+    else:
+        if args.resume and rank == 0:
+            print(f"nothing to resume in {run.folder}, which has no last.pt: the run starts anew")
+        if args.start_from:
+            start_from(run, args.start_from)
     return run
 
 
@@ -122,6 +125,27 @@ def make_optimizer(model, args, device):
     for parameter in learned:
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer, torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+
+
+def start_from(run, other):
+    """Puts in what another run, a folder, has learned. Optimizer, schedule and log stay those of a new run.
+
+    Raises ValueError where the other run has other classes, other CLIP weights or other learned tensors, and where
+    it was trained on pictures of this run's test.
+    """
+    checkpoint = runs.read_checkpoint(other)
+    runs.check_classes(other, checkpoint["class_names"], run.fingerprint["class_names"])
+    runs.restore(other, checkpoint, run.model, run.fingerprint["clip_sha256"])
+    if checkpoint["config"]["dataset"] != run.args.dataset:    # why: equal names then do not mean equal pictures
+        return
+
+    tested = {runs.relative_path(path, run.args.data_root) for path, *_ in run.test_set}
+    seen = tested.intersection(checkpoint["training"])
+    if seen:
+        raise ValueError(f"--start-from {other}: it was trained on {len(seen)} of the {len(tested)} pictures of this "
+                         f"test, such as {min(seen)}: give both runs the same --split-seed and --held-out")
+    both = [*run.fingerprint["training"], *checkpoint["training"]]
+    run.fingerprint["training"] = [*dict.fromkeys(both)]       # why: none of them may count in a later test
 
 
 def resume(run):
@@ -145,6 +169,7 @@ def resume(run):
             run.scaler.load_state_dict(checkpoint["scaler"])
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{run.folder}/last.pt is damaged: its optimizer state does not fit") from error
+    run.fingerprint["training"] = checkpoint["training"]       # why: with the pictures of a run that it started from
     run.log = checkpoint["log"]
     run.started -= checkpoint["seconds"]                 # why: the time before the interruption counts too
     if run.rank == 0:

@@ -37,12 +37,13 @@ class ClassTexts:
         self.checkpoint_text = checkpoint_text
         self.tokenized = {}
 
-    def __call__(self, prompts, suffix="", deep=None):
+    def __call__(self, prompts, suffix="", deep=None, raw=False):
         """[SOS], prompt, class name, suffix, [EOT] for each prompt and class -> unit (C, N, D).  Eq. 1
 
         prompts: (N, M, W) for all classes, or (C, N, M, W); deep (J-1, M, W): what replaces them in deeper
-        blocks. With several ranks each process encodes its share of the classes and receives the other
-        shares, so all processes must call this together.
+        blocks; raw: features as the tower gives them, not of unit length. With several ranks each process
+        encodes its share of the classes and receives the other shares, so all processes must call this
+        together.
         """
         tokens, eot, chunks, order = self.prepare(prompts.shape[-2], suffix)
         shared = prompts.dim() == 3 and deep is None
@@ -59,6 +60,8 @@ class ClassTexts:
             chunk_prompts = prompts if shared else prompts[classes]
             features.append(encode(chunk_prompts, tokens[classes, :longest], eot[classes]))
         features = torch.cat(features)                                          # (c, N, D), this rank's share
+        if not raw:
+            features = unit(features)
 
         if self.ranks[1] > 1:
             # (C, N, D), still sorted by length
@@ -66,7 +69,7 @@ class ClassTexts:
         return features[order.argsort()]
 
     def encode_own(self, prompts, tokens, eot, deep=None):
-        """Prompts (c, N, M, W), [SOS] name [EOT] (c, S) of some classes -> unit (c, N, D).  Eq. 1"""
+        """Prompts (c, N, M, W), [SOS] name [EOT] (c, S) of some classes -> raw (c, N, D).  Eq. 1"""
         N, M = prompts.shape[1:3]
         names = self.clip.token_embedding(tokens)[:, None].expand(-1, N, -1, -1)   # (c, N, S, W)
 
@@ -77,15 +80,15 @@ class ClassTexts:
         places = (eot + M).repeat_interleave(N)                                    # (cN,), of [EOT]
         deep_prompts = () if deep is None else (deep,)
         features = self.clip.encode_embeddings(embeddings.flatten(0, 1), places, *deep_prompts)
-        return unit(features).unflatten(0, (-1, N))
+        return features.unflatten(0, (-1, N))
 
     def encode_shared(self, prompts, tokens, eot):
-        """Prompts (N, M, W) for all classes, [SOS] name [EOT] (c, S) of some -> unit (c, N, D).  Eq. 1"""
+        """Prompts (N, M, W) for all classes, [SOS] name [EOT] (c, S) of some -> raw (c, N, D).  Eq. 1"""
         N = len(prompts)
         sos = self.clip.token_embedding.weight[SOS]                                # (W,)
         prefix = torch.cat([sos.expand(N, 1, -1), prompts], dim=1)                 # (N, 1+M, W)
         names = self.clip.token_embedding(tokens[:, None, 1:]).expand(-1, N, -1, -1)   # (c, N, S-1, W)
-        return unit(self.clip.encode_with_prefix(prefix, names, eot - 1))
+        return self.clip.encode_with_prefix(prefix, names, eot - 1)
 
     def prepare(self, n_context, suffix=""):
         """Tokenises the names once -> tokens (C, S), places of [EOT] (C,), this process's chunks, order (C,).

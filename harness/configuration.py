@@ -50,8 +50,8 @@ def check_args(args, world):
     """Raises ValueError for options that cannot work, alone or together, before any long work starts."""
     machine.check_device(args.device, args.amp)
     for name in ("lr", "weight_decay", "epsilon", "lambda_local", "lambda_entropy", "lambda_transport",
-                 "lambda_image", "lambda_text", "average_mean", "average_std", "warmup_epochs", "prompt_dropout",
-                 "workers", "shots"):
+                 "lambda_image", "lambda_text", "lambda_orthogonal", "lambda_diversity", "average_mean",
+                 "average_std", "warmup_epochs", "prompt_dropout", "workers", "shots"):
         if not 0 <= getattr(args, name, 0) <= torch.finfo(torch.float32).max:
             raise ValueError(f"--{name.replace('_', '-')} must be a finite number and not negative, "
                              f"got {getattr(args, name)}")
@@ -61,7 +61,8 @@ def check_args(args, world):
     if args.batch_size < world:
         raise ValueError(f"--batch-size {args.batch_size} leaves some of the {world} processes without images: "
                          f"it is the global batch, give at least {world}")
-    for name in ("epochs", "n_global", "n_local", "n_support", "n_context", "n_iters", "depth", "text_chunk"):
+    for name in ("epochs", "n_global", "n_local", "n_support", "n_context", "n_iters", "n_image_prompts",
+                 "n_image_tokens", "n_drawn", "n_negative", "depth", "text_chunk"):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if getattr(args, "epsilon", 1) < 1e-6:               # why: cost / epsilon must leave float32 some digits
@@ -76,7 +77,17 @@ def check_args(args, world):
     data.template(args.dataset, args.template)
     if args.held_out is not None and not 0 < args.held_out < 1:
         raise ValueError(f"--held-out must lie between 0 and 1, got {args.held_out}")
+    check_start(args)
     runs.check_free(args.output_dir, configuration(args), args.resume, args.overwrite)
+
+
+def check_start(args):
+    """Raises ValueError where --start-from names a run of another method, FileNotFoundError where it names none."""
+    goes_on = args.resume and (Path(args.output_dir) / "last.pt").exists()
+    if args.start_from and not goes_on:                  # why not: that run may be gone by then
+        method = runs.read_checkpoint(args.start_from)["config"]["method"]
+        if method != args.method:
+            raise ValueError(f"--start-from {args.start_from}: its method is {method}, not {args.method}")
 
 
 def unusual(args):
@@ -125,5 +136,7 @@ def in_words(name, value):
         return name
     if isinstance(value, str):
         return f"{name}-{value[:30]}"
+    if isinstance(value, list) and isinstance(value[0], str):
+        return f"{name}-{' '.join(value)[:30]}"
     numbers = value if isinstance(value, list) else [value]
     return name + "+".join(f"{number:.10g}" for number in numbers)

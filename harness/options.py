@@ -37,6 +37,7 @@ HELP = {
     "--no-plan-gradient": "hold the transport plan constant, as the released code",
     "--n-context": "learned vectors in front of a class name",
     "--words": "what the context starts from, such as 'a photo of a'; it fixes how many vectors there are",
+    "plotpp --words": "texts of equally many tokens, a text prompt starts from each; docs/methods.md has more",
     "--class-specific": "a context of its own for each class",
     "gallop --top-k": "patches that the local prompts keep, a number for each",
     "locoop --top-k": "classes among which the own label makes a patch foreground",
@@ -50,7 +51,16 @@ HELP = {
     "--average-std": "standard deviation, in epochs, of these weights",
     "--modality": "what the transport compares: joint, image or text",
     "--plan": "exact: permutations of up to 8 images; sinkhorn: entropic, any batch",
-    "--depth": "blocks with prompts, from the first; a tower with fewer has them in all"}
+    "--depth": "blocks with prompts, from the first; a tower with fewer has them in all",
+    "--stage": "1: learn the image prompts alone, with the score of pooled features; 2: learn both prompts. Published: "
+               "2 with --start-from a run of 1; 2 alone is a run of its own",
+    "--n-image-prompts": "prompts of the image tower, each with a pass of its own",
+    "--n-image-tokens": "tokens of an image prompt",
+    "--n-drawn": "prompts that a step takes, of --n-global",
+    "--lambda-orthogonal": "weight of the likeness of the prompts",
+    "--n-negative": "negative contexts of each class",
+    "--lambda-diversity": "weight of the likeness of a class's negative texts",
+    "--double-softmax": "take the softmax of the logits for logits, as the released code"}
 
 
 def parse_args(argv=None, description=None):
@@ -147,6 +157,7 @@ def add_recipe_options(add):
     add("--batch-size", metavar="N", type=int, help="global batch, split over the processes (%(default)s)")
     add("--lr", metavar="X", type=float, help="peak learning rate of SGD (%(default)s)")
     add("--weight-decay", metavar="X", type=float, help="acts on all that is learned (%(default)s)")
+    add("--start-from", metavar="RUN", help="begin with what a run of the same method and classes has learned")
 
 
 def add_machine_options(add):
@@ -179,7 +190,9 @@ def add_method_options(add, method, options):
         elif default is False:
             add(flag, action="store_true", help=text)
         elif isinstance(default, tuple):
-            add(flag, type=type(default[0]), nargs="+", metavar="N", default=[*default], help=f"{text} (%(default)s)")
+            kind = type(default[0])
+            add(flag, type=kind, nargs="+", metavar="TEXT" if kind is str else "N", default=[*default],
+                help=f"{text} (%(default)s)")
         elif default is None:       # of a text in --words, of a number elsewhere
             kind = str if option == "words" else int
             add(flag, type=kind, metavar="TEXT" if kind is str else "N", help=text)

@@ -14,15 +14,19 @@ from methods.cocoop import CoCoOp
 from methods.coop import CoOp
 from methods.gallop import GalLoP
 from methods.locoop import LoCoOp
+from methods.lsn import LSN
 from methods.maple import MaPLe
 from methods.plot import PLOT
+from methods.plotpp import PLOTPP
+from methods.proda import ProDA
 from methods.promptot import PromptOT
 from methods.promptsrc import PromptSRC
 from methods.released import Released
 from methods.variants import DenseTransport, IndependentTopK
 
 METHODS = {"sotglp": SOTGLP, "coop": CoOp, "cocoop": CoCoOp, "maple": MaPLe, "promptsrc": PromptSRC,
-           "promptot": PromptOT, "plot": PLOT, "locoop": LoCoOp, "gallop": GalLoP, "released": Released,
+           "promptot": PromptOT, "plot": PLOT, "plotpp": PLOTPP, "proda": ProDA, "locoop": LoCoOp,
+           "gallop": GalLoP, "lsn": LSN, "released": Released,
            "independent": IndependentTopK, "dense": DenseTransport}
 
 

@@ -9,7 +9,7 @@ constant plan.
 
 differs: PLOT is for ResNet-50, whose attention pooling gives its local features. Here ordinary patch tokens
 of the vision transformer take their place (our choice). Table 1's column "PLOT" is PLOT++, another method: it
-matches four prompted image features with four prompts and uses no patches. It is not implemented.
+matches four prompted image features with four prompts and uses no patches. plotpp.py has it.
 
 Letters: those of sotglp.py.  B images   C classes   P patches   L prompts of M vectors   D joint width
 """

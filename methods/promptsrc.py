@@ -104,6 +104,8 @@ class PromptSRC(PromptOT):
         weight = epoch_weights(epochs, self.average_mean, self.average_std)[epoch - 1].item()
         for prompts, average in ((self.text_prompts, self.average_text_prompts),
                                  (self.image_prompts, self.average_image_prompts)):
+            if epoch == 1:             # why: with --start-from it holds the average of the other run
+                average.zero_()
             average += weight * prompts
             if epoch == epochs:
                 prompts.copy_(average)

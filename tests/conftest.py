@@ -138,6 +138,14 @@ def clip_file(tmp_path_factory):
     return path
 
 
+def images(n=3):
+    return torch.randn(n, 3, 32, 32)
+
+
+def unit_vectors(*shape):
+    return torch.nn.functional.normalize(torch.randn(*shape), dim=-1)
+
+
 # ---- pictures, and a run on them
 
 COLOURS = {"red_clay": (200, 60, 40), "sea": (30, 80, 200), "wood": (90, 140, 30)}

@@ -8,7 +8,8 @@ from methods import METHODS
 from sotglp import Method
 
 NAMES = ["sea lake", "cat", "annual crop land", "dog"]
-SMALL = {"sotglp": {"n_support": 5}, "gallop": {"top_k": (1, 2, 3, 4)}}       # of 16 patches
+SMALL = {"sotglp": {"n_support": 5}, "gallop": {"top_k": (1, 2, 3, 4)},        # of 16 patches
+         "proda": {"n_global": 5, "n_context": 3, "n_drawn": 2}}
 LABELS = torch.tensor([0, 3, 2, 1, 0])
 
 

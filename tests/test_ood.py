@@ -195,7 +195,7 @@ def test_rows_are_the_scores_of_averaged_cosines(clip_model, vv_attention):
         image, patches = model.encode_images(images)
         cosines = torch.einsum("bd,cgd->bcg", image, prompts[0]).mean(dim=-1)
         patch_cosines = torch.einsum("bpd,cld->bpcl", patches, prompts[1]).mean(dim=-1)
-    assert list(rows) == list(ood.ROWS) and list(alone) == list(ood.ROWS)[:3]
+    assert list(rows) == list(ood.ROWS)[:-1] and list(alone) == list(ood.ROWS)[:3]
     for row, expected in {"mcm": ood.mcm(cosines, 0.1), "l_mcm": ood.l_mcm(patch_cosines, 0.1),
                           "gl_mcm": ood.gl_mcm(cosines, patch_cosines, 0.1, 0.5)}.items():
         torch.testing.assert_close(rows[row], expected, atol=1e-5, rtol=0)

@@ -108,6 +108,14 @@ def test_the_prompts_become_their_average_after_the_last_epoch(model):
         torch.testing.assert_close(prompts, torch.full_like(prompts, 2.822206))
 
 
+def test_the_average_of_a_run_that_this_one_starts_from_does_not_count(model):
+    for average in (model.average_text_prompts, model.average_image_prompts):
+        average.fill_(9.)
+    model.after_epoch(1, 1)                                               # of one epoch, which has all the weight
+    torch.testing.assert_close(model.average_text_prompts, model.text_prompts.detach())
+    torch.testing.assert_close(model.average_image_prompts, model.image_prompts.detach())
+
+
 def test_what_is_learned_holds_the_average_so_far(model):
     shapes = {name: tuple(tensor.shape) for name, tensor in model.learned_state().items()}
     assert shapes == dict.fromkeys(("text_prompts", "image_prompts", "average_text_prompts",

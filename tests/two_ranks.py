@@ -28,7 +28,9 @@ from sotglp import SOTGLP, draw_prompts, objective, unit  # noqa: E402
 NAMES = ["sea lake", "cat", "dog", "annual crop land", "a rather long name of a class"]
 # Of a batch of 3 images rank 0 has two; a small epsilon leaves row errors that are more than rounding.
 CACHED = ("--cache-features", "--epochs", "1", "--batch-size", "3", "--epsilon", "0.01")
-SMALL = {"sotglp": {"n_support": 5}, "gallop": {"top_k": (1, 2, 3, 4)}}       # 16 patches
+SMALL = {"sotglp": {"n_support": 5}, "gallop": {"top_k": (1, 2, 3, 4)},       # 16 patches
+         "proda": {"n_global": 5, "n_context": 3, "n_drawn": 2}, "lsn": {"n_context": 3, "n_negative": 2},
+         "plotpp": {"n_image_prompts": 2}}
 TRAINED = [name for name in METHODS if name not in ("independent", "dense")]    # these two share as SOT-GLP does
 CASES = {"classes and images do not divide": (3, 5), "rank 1 has neither class nor image": (1, 1)}   # images, classes
 
