@@ -27,7 +27,7 @@ from methods import METHODS
 from methods.zero_shot import ZeroShot
 from sources import critters
 from sources.files import absolute
-from sources.folders import walk
+from sources.listing import left_out, walk
 
 TEMPLATE = "a photo of a {}"     # as in MCM and GL-MCM, for every dataset; CoOp's templates end in a full stop
 
@@ -142,7 +142,9 @@ def ood_sets(dataset, root, own=None):
 def first_with_pictures(folders):
     """The pictures, as items, of the first of these folders that has any; none where no folder has."""
     for top in filter(os.path.isdir, folders):
-        pictures, _ = walk(top)
+        pictures, others, system = walk(top)
+        for text in left_out(others, system):
+            print(f"{top}: left out {text}", flush=True)
         if pictures:
             return [(path, -1, "") for path in pictures]
     return []

@@ -14,7 +14,7 @@ from PIL import Image
 
 import data
 from harness import machine
-from sources import folders
+from sources import listing
 
 
 class Prediction(NamedTuple):
@@ -97,12 +97,11 @@ def find(arguments):
         if not os.path.isdir(argument):
             paths.append(argument)
             continue
-        pictures, others = folders.walk(argument)
+        pictures, others, system = listing.walk(argument)
         paths += pictures
         if not pictures:
             notes.append(f"{argument}: no picture in this folder")
-        if others:
-            notes.append(f"{argument}: left out {folders.kinds(others)}, not read as pictures, first {others[0]}")
+        notes += [f"{argument}: left out {text}" for text in listing.left_out(others, system)]
     return paths, notes
 
 

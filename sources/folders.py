@@ -1,21 +1,92 @@
 """A folder for each class: one's own pictures, and ImageNet with its variants."""
 
 import collections
+import itertools
 import os
 import random
 import re
+import unicodedata
+
+from sources.listing import class_folders, folders_in, is_picture, kinds, left_out, normal, walk
 
 
 PARTS = ("train", "val", "test")
+# What people call the folders of the parts, in any case, also with a beginning or an end that all have: seg_train,
+# seg_test; train_set, test_set.
+PART_OF = {"train": "train", "training": "train",
+           "val": "val", "valid": "val", "validation": "val", "dev": "val",
+           "test": "test", "testing": "test", "eval": "test", "evaluation": "test"}
+PART_NAME = re.compile(rf"(?P<start>.*[^a-z])?(?P<word>{'|'.join(PART_OF)})(?P<end>set|[^a-z].*)?", re.DOTALL)
 HELD_OUT = 0.5                     # of one's own pictures, the share that is kept for the test, if no folder is for it
 NAMES = "classnames.txt"           # of one's own pictures, the file with class names
-# ---- one's own pictures ------------------------------------------------------------------------------------
+# ---- the parts of one's own pictures -----------------------------------------------------------------------
 
 
 def layout(root):
-    """Where the parts of one's own pictures are: {"train": folder, "val": ..., "test": ...}, or {"train": root}."""
-    there = {part: f"{root}/{part}" for part in PARTS if os.path.isdir(f"{root}/{part}")}
-    return there if "train" in there and len(there) > 1 else {"train": root}
+    """Where the parts of one's own pictures are: {"train": folder, "val": ..., "test": ...}, or {"train": root}.
+
+    Folders are parts where two or more have names of different parts; a folder that classnames.txt names is a class.
+    Raises ValueError where none is for training, where two are for one part, and for class folders beside parts.
+    """
+    classes = own_names(root) or {}
+    folders = [name for name in folders_in(root) if normal(name) not in classes]
+    named = collections.defaultdict(lambda: collections.defaultdict(list))     # {start and end: {part: folders}}
+    for name in folders:
+        match = PART_NAME.fullmatch(normal(name).lower())
+        if match:
+            named[match["start"], match["end"]][PART_OF[match["word"]]].append(name)
+
+    split = max(named.values(), key=len, default={})
+    if len(split) < 2:
+        check_alone(root, folders, named.get((None, None), {}))
+        return {"train": root}
+
+    for part, names in split.items():
+        if len(names) > 1:
+            raise ValueError(f"{root} has two folders for one part, {names[0]} and {names[1]}: leave one of them")
+    parts = {part: names[0] for part, names in split.items()}
+    if "train" not in parts:
+        raise ValueError(f"{root} has {' and '.join(parts.values())}, but no folder to train on: call it train")
+    for name in folders:
+        if name not in parts.values() and walk(f"{root}/{name}").pictures:
+            raise ValueError(f"{root} has pictures in {name} beside the part {parts['train']}: move them into the "
+                             f"parts or away; if {parts['train']} is a class, {NAMES} must name it")
+    return {part: innermost(f"{root}/{parts[part]}") for part in PARTS if part in parts}
+
+
+def check_alone(root, folders, parts):
+    """Raises ValueError where one folder has the name of a part, is built like a part and stands beside classes.
+
+    It is a class where it has pictures of its own, or a single folder of them, or where two other classes have folders
+    of the same names. why: a part has a folder for each class, and these have other names in each class.
+    """
+    for name in itertools.chain(*parts.values()):
+        beside = [other for other in folders if other != name]
+        inside = folders_in(f"{root}/{name}")
+        alike = [other for other in beside if {*inside} & {*folders_in(f"{root}/{other}")}]
+        if beside and len(inside) > 1 and len(alike) < 2 and not any(map(is_picture, os.listdir(f"{root}/{name}"))):
+            raise ValueError(f"{root} has {name}, which looks like a part with the classes {', '.join(inside[:3])}, "
+                             f"beside {beside[0]}: call a second part test or val, or move {beside[0]} away; if {name} "
+                             f"is a class, {NAMES} must name it")
+
+
+def innermost(folder):
+    """A part's folder, or the one of the same name that is all it holds. why: archives are often packed like this."""
+    inside = folders_in(folder)
+    same = len(inside) == 1 and normal(inside[0]) == normal(os.path.basename(folder))
+    return f"{folder}/{inside[0]}" if same else folder
+
+
+def own_names(root):
+    """What classnames.txt says, {class folder: name}; None where there is no such file."""
+    given = os.path.join(root, NAMES)
+    return read_names(given) if os.path.exists(given) else None
+
+
+def folder_names(folders):
+    """Class names made of the names of folders: {folder: name}, with _ and - as spaces."""
+    # why as UTF-8: a class must have the same name, and so the same tokens, whatever the locale is
+    return {folder: re.sub("[_-]", " ", os.fsencode(folder).decode("utf-8", "replace")) for folder in folders}
 
 
 def own_lists(root, seed, held_out=None):
@@ -28,13 +99,13 @@ def own_lists(root, seed, held_out=None):
     """
     parts = layout(root)
     if held_out is not None and len(parts) > 1:
-        raise ValueError(f"--held-out is for class folders alone, but {root} has {' and '.join(parts)}: leave it out")
-    given = os.path.join(root, NAMES)
-    names = read_names(given) if os.path.exists(given) else {
-        # why as UTF-8: a class must have the same name, and so the same tokens, whatever the locale is
-        folder: re.sub("[_-]", " ", os.fsencode(folder).decode("utf-8", "replace"))
-        for folder in class_folders(parts["train"])}
-    lists = {part: class_items(folder, names) for part, folder in parts.items()}
+        there = " and ".join(os.path.basename(folder) for folder in parts.values())
+        raise ValueError(f"--held-out is for class folders alone, but {root} has {there}: leave it out")
+    found = {part: class_folders(folder) for part, folder in parts.items()}
+    names = own_names(root)
+    if names is None:
+        names = folder_names(found["train"])
+    lists = {part: class_items(folder, names, found=found[part]) for part, folder in parts.items()}
     if len(names) < 2:
         raise ValueError(f"1 class: {parts['train']} has one class folder, {min(names)!r}, and two or more are needed. "
                          "Is --data-root one level too high, or too low?")
@@ -46,27 +117,37 @@ def own_lists(root, seed, held_out=None):
 
 def hold_out(items, seed, share):
     """Draws a share, in (0, 1), of each class for the test, at least one picture -> train, val (empty), test."""
-    rng, test = random.Random(seed), set()
-    for label in range(items[-1][1] + 1):
-        group = [item for item in items if item[1] == label]
+    rng = random.Random(seed)
+    groups = collections.defaultdict(list)
+    for item in items:
+        groups[item[1]].append(item)
+
+    test = set()
+    for _, group in sorted(groups.items()):
         if len(group) < 2:
             raise ValueError(f"class {group[0][2]!r} has 1 picture, {group[0][0]}: two are needed, as one is held out "
                              "for the test")
         count = int(len(group) * share + 1e-9)           # why 1e-9: 0.29 * 100 is a little less than 29
-        test |= {*rng.sample(group, max(count, 1))}
+        test.update(rng.sample(group, max(count, 1)))
     return [item for item in items if item not in test], [], [item for item in items if item in test]
 
 
 def remarks(root):
-    """What one should know of a folder of one's own pictures, as lines: what is left out, and why; what the test is."""
+    """What one should know of a folder of one's own pictures, as lines: what is read as what, what is left out."""
     parts = layout(root)
     used = {path for part in parts.values() for paths in class_folders(part).values() for path in paths}
-    pictures, others = walk(root)
+    pictures, others, system = walk(root)
     others = [path for path in others if path != os.path.join(root, NAMES)]
     beside = [path for path in pictures if path not in used]
-    lines = [f"left out: {kinds(others)}, not read as pictures, first {others[0]}"] if others else []
-    lines += [f"left out: {kinds(beside)}, outside of the class folders, first {beside[0]}"] if beside else []
-    return lines + ["no folder test/: val/ is the test"] * ("val" in parts and "test" not in parts)
+
+    lines = [f"left out: {text}" for text in left_out(others, system)]
+    if beside:
+        lines.append(f"left out: {kinds(beside)}, outside of the class folders, first {beside[0]}")
+    if any(os.path.basename(folder) != part for part, folder in parts.items()) and len(parts) > 1:
+        lines.append("read as " + ", ".join(f"{part}: {folder}" for part, folder in parts.items()))
+    if "val" in parts and "test" not in parts:
+        lines.append(f"no folder test/: {os.path.basename(parts['val'])}/ is the test")
+    return lines
 
 # ---- ImageNet ----------------------------------------------------------------------------------------------
 
@@ -97,13 +178,18 @@ def variant_lists(row, home, images):
 # ---- class folders and lists -------------------------------------------------------------------------------
 
 
-def class_items(folder, names, key=None):
-    """Items of folder/<class>/; the label is the class folder's rank, by key, in `names`: {class folder: name}."""
-    found = class_folders(folder)
+def class_items(folder, names, key=None, found=None):
+    """Items of folder/<class>/; the label is the class folder's rank, by key, in `names`: {class folder: name}.
+
+    found: what `class_folders` gives for the folder, where it is known.
+    """
+    found = found or class_folders(folder)
     if set(found) != set(names):
         unmatched = sorted(set(found) ^ set(names))
-        raise ValueError(f"{len(names)} class names for {len(found)} class folders in {folder}; "
-                         f"without counterpart: {', '.join(unmatched[:3])}{' ...' * (len(unmatched) > 3)}")
+        more = " ..." if len(unmatched) > 3 else ""
+        raise ValueError("each class needs a folder with pictures in every part, and each folder a name: add what "
+                         f"lacks, or leave the class out everywhere. {len(names)} class names for {len(found)} class "
+                         f"folders in {folder}; without counterpart: {', '.join(unmatched[:3])}{more}")
     return [(path, label, names[at]) for label, at in enumerate(sorted(names, key=key)) for path in found[at]]
 
 
@@ -114,74 +200,17 @@ def read_names(path):
     """
     names = {}
     for first, *name in (line.split("\t" if "\t" in line else None, 1) for line in lines(path)):
-        if first.strip() in names:
-            raise ValueError(f"{path} has two lines for {first.strip()!r}")
-        names[first.strip()] = " ".join(name).strip() or first
+        key = normal(first.strip())
+        if key in names:
+            raise ValueError(f"{path} has two lines for {key!r}")
+        names[key] = " ".join(name).strip() or first
     return names
 
 
 def lines(path):
-    """The lines of a text file, without blanks at their ends and without empty ones."""
+    """The lines of a text file in NFC, without blanks at their ends and without empty ones."""
     with open(path, encoding="utf-8-sig") as file:      # why -sig: editors on Windows begin a file with a mark
         try:
-            return [line.strip() for line in file if line.strip()]
+            return [unicodedata.normalize("NFC", line.strip()) for line in file if line.strip()]
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is no text in UTF-8: save it as such ({error})") from error
-
-
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".jp2", ".avif")
-# ---- which files -------------------------------------------------------------------------------------------
-
-
-def walk(top):
-    """All files below a folder, in a fixed order -> paths of pictures, paths of other files.
-
-    What is hidden is skipped: names that begin with a dot, and __MACOSX, which macOS adds to archives. Links are
-    followed, but not to a folder above themselves. Raises OSError for a folder that cannot be read.
-    """
-    def fail(error):
-        raise error
-
-    pictures, others = [], []
-    for here, folders, files in os.walk(top, onerror=fail, followlinks=True):
-        folders[:] = sorted(name for name in folders if _visible(name) and not _leads_up(os.path.join(here, name)))
-        for name in sorted(filter(_visible, files)):
-            (pictures if name.lower().endswith(SUFFIXES) else others).append(os.path.join(here, name))
-    return pictures, others
-
-
-def _visible(name):
-    return not name.startswith(".") and name != "__MACOSX"
-
-
-def _leads_up(folder):
-    """Whether a folder is a link to one above it, in which it would be found again, without an end."""
-    here, there = os.path.realpath(os.path.dirname(folder)), os.path.realpath(folder)
-    return os.path.islink(folder) and os.path.commonpath([here, there]) == there
-
-
-def class_folders(folder):
-    """{class folder: paths of its pictures, at any depth}, all sorted.
-
-    No file is looked at: ImageNet has 1.3 million. Raises FileNotFoundError for a class without a picture.
-    """
-    with os.scandir(folder) as entries:
-        classes = sorted(entry.name for entry in entries if entry.is_dir() and _visible(entry.name))
-    if not classes:
-        pictures, _ = walk(folder)
-        if pictures:
-            raise ValueError(f"{folder} is flat: {len(pictures)} pictures and no class folder; move each into "
-                             f"{folder}/<class>/ (for ImageNet's validation pictures its development kit has the "
-                             "classes; for your own, is the folder one level too low?)")
-        raise FileNotFoundError(f"there is no class folder in {folder}")
-    found = {name: walk(f"{folder}/{name}") for name in classes}
-    for name, (pictures, others) in found.items():
-        if not pictures:
-            raise FileNotFoundError(f"there is no picture in {folder}/{name}" + f" ({kinds(others)})" * bool(others))
-    return {name: pictures for name, (pictures, _) in found.items()}
-
-
-def kinds(paths):
-    """What kinds of files these are, as text: "8 .heic, 1 .txt"."""
-    counts = collections.Counter(os.path.splitext(path)[1].lower() or "without a suffix" for path in paths)
-    return ", ".join(f"{n} {kind}" for kind, n in counts.most_common())

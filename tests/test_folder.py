@@ -162,6 +162,8 @@ def test_nothing_is_left_out_without_a_word(tmp_path):
     assert len(folders.class_folders(tmp_path)["cat"]) == 3         # the one in a folder below it counts
     assert folders.remarks(str(tmp_path)) == [
         f"left out: 2 .heic, 1 without a suffix, not read as pictures, first {tmp_path}/cat/1.heic",
+        "left out: of systems and programs: 2 '__MACOSX', 1 '.hidden', 1 '.DS_Store', "
+        f"first {tmp_path}/.hidden",
         f"left out: 1 .jpg, outside of the class folders, first {tmp_path}/loose.jpg"]
     (tmp_path / "new").mkdir()
     (tmp_path / "new/1.heic").touch()
