@@ -40,10 +40,10 @@ class ClassTexts:
     def __call__(self, prompts, suffix="", deep=None, raw=False):
         """[SOS], prompt, class name, suffix, [EOT] for each prompt and class -> unit (C, N, D).  Eq. 1
 
-        prompts: (N, M, W) for all classes, or (C, N, M, W); deep (J-1, M, W): what replaces them in deeper
-        blocks; raw: features as the tower gives them, not of unit length. With several ranks each process
-        encodes its share of the classes and receives the other shares, so all processes must call this
-        together.
+        prompts: (N, M, W) for all classes, or (C, N, M, W); deep (J-1, n, W): what replaces the first n of the M
+        tokens in deeper blocks; raw: features as the tower gives them, not of unit length. With several ranks
+        each process encodes its share of the classes and receives the other shares, so all processes must
+        call this together.
         """
         tokens, eot, chunks, order = self.prepare(prompts.shape[-2], suffix)
         shared = prompts.dim() == 3 and deep is None

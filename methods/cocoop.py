@@ -51,7 +51,8 @@ class CoCoOp(coop.CoOp):
         if len(self.class_names) >= MANY_CLASSES:
             warnings.warn(f"CoCoOp is slow here: it encodes the texts of all {len(self.class_names)} classes "
                           "anew for every image, in training and in tests", stacklevel=2)
-        D, W = clip_model.text_projection.shape[1], self.context.shape[1]
+        D = clip_model.text_projection.shape[1]
+        W = self.context.shape[1]
         self.meta_net = nn.Sequential(nn.Linear(D, D // 16), nn.ReLU(), nn.Linear(D // 16, W))
         self.to(clip_model.logit_scale.device)
 
@@ -60,8 +61,8 @@ class CoCoOp(coop.CoOp):
         """The context of each image, the same shift on all its vectors: unit (B, D) -> (B, M, W)."""
         return self.context + self.meta_net(image)[:, None]
 
-    def encode_own(self, image):
-        """[SOS], context of the image, class name, full stop, [EOT]: unit (B, D) -> unit (C, B, D)."""
+    def encode_for(self, image):
+        """[SOS], context of an image, class name, full stop, [EOT]: unit (B, D) -> unit (C, B, D)."""
         # why a few images at a time: so that no more than about text_chunk texts are in the tower at once
         few = max(1, self.text_encoder.text_chunk // len(self.class_names))
         # the text encoder sees N prompts that all classes share, one for each image
@@ -74,14 +75,13 @@ class CoCoOp(coop.CoOp):
         """Features or images -> a tuple of the logits (B, C). text_features: not read, each has its own."""
         cls, _ = self.features(features)                                           # (B, W)
         image = project(cls, self.clip.visual.proj)                                # (B, D)
-        return (logits(image, self.encode_own(image), self.scale),)
+        return (logits(image, self.encode_for(image), self.scale),)
 
     def cosines(self, features, text_features):
         """Raw cosines of images, and of their value-path patches, with their own texts: (B, C), (B, P, C).
 
         why: our choice, for nothing is published on patches.
         """
-        cls, patches = self.features(features)                                     # (B, W), (B, P, W)
-        image = project(cls, self.clip.visual.proj)                                # (B, D)
-        text = self.encode_own(image)                                              # (C, B, D)
-        return logits(image, text, 1.0), logits(project(patches, self.clip.visual.proj), text, 1.0)
+        image, patches = (project(tokens, self.clip.visual.proj) for tokens in self.features(features))
+        text = self.encode_for(image)                                              # (C, B, D)
+        return logits(image, text, 1.0), logits(patches, text, 1.0)

@@ -7,7 +7,7 @@ the loss are CoOp's.
 Against SOT-GLP: the image tower is not frozen, since prompts stand among its patches; one prompt per class;
 no patches, so no transport and no local score.
 
-Almost all that is learned lies in the maps: 3.5 of 3.6 million numbers with ViT-B/16.
+Almost all that is learned lies in the maps: with ViT-B/16 3,545,856 of 3,555,072 numbers.
 
 Letters: those of sotglp.py.  B images   C classes   J blocks with prompts   n of M tokens of a prompt
          D joint width   W text tower width   V image tower width
@@ -35,8 +35,7 @@ class MaPLe(Method):
 
     n_context: n, the words of "a photo of a" that are learned; the others stay, frozen, before the class
     name. depth: J, blocks with prompts, from the first; all of them where a tower has fewer. Raises
-    ValueError for n_context outside
-    [1, 4] and for a class name that does not fit behind the prompt.
+    ValueError for n_context outside [1, 4] and for a class name that does not fit behind the prompt.
     """
 
     # differs: the published warm-up is one epoch at a constant 1e-5, here linear, as for every method. It
@@ -57,7 +56,7 @@ class MaPLe(Method):
         self.text_prompts = nn.Parameter(deep_start(learned, J))                   # (J, n, W)
         self.register_buffer("frozen_words", frozen, persistent=False)             # (M-n, W)
 
-        # why copies: so the published maps start; all but the first are alike
+        # all but the first one start alike, as published
         first, other = (nn.Linear(words.shape[1], len(clip_model.visual.proj)) for _ in range(2))
         maps = [first] + [other] * (J - 1)
         self.coupling_weights = nn.Parameter(torch.stack([one.weight.detach() for one in maps]))   # (J, V, W)
@@ -70,14 +69,14 @@ class MaPLe(Method):
         return self.encode(prompt[None], self.SUFFIX, self.text_prompts[1:])[:, 0] # N = 1
 
     def encode_images(self, images):
-        """Images behind the coupled prompts: (B, 3, R, R) -> unit (B, D)."""
+        """Image features, with the coupled prompts in the tower: (B, 3, R, R) -> unit (B, D)."""
         prompts = couple(self.text_prompts, self.coupling_weights, self.coupling_biases)           # (J, n, V)
         return unit(self.clip.encode_image(images, prompts))
 
-    def forward(self, images, drawn=None, text_features=None):
-        """Images (B, 3, R, R) -> a tuple of the logits (B, C)."""
+    def forward(self, features, drawn=None, text_features=None):
+        """Pictures (B, 3, R, R) -> a tuple of the logits (B, C)."""
         text = self.encode_prompts() if text_features is None else text_features   # (C, D)
-        return (coop.logits(self.encode_images(images), text, self.scale),)
+        return (coop.logits(self.encode_images(features), text, self.scale),)
 
     def loss(self, outputs, labels, n_batch):
         """These images' part of the cross-entropy of a batch of n_batch images; it is the only term."""
@@ -92,6 +91,6 @@ class MaPLe(Method):
         """{"global": (B, C)}."""
         return {"global": outputs[0]}
 
-    def cosines(self, images, text_features):
+    def cosines(self, features, text_features):
         """Raw cosines of images with each class, (B, C); no patches, for they are no longer CLIP's own."""
-        return coop.logits(self.encode_images(images), text_features, 1.0), None
+        return coop.logits(self.encode_images(features), text_features, 1.0), None

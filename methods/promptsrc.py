@@ -80,6 +80,7 @@ class PromptSRC(PromptOT):
 
     def __init__(self, clip_model, class_names, lambda_image=10.0, lambda_text=25.0, average_mean=30.0,
                  average_std=30.0, depth=9, **text_options):
+        # lambda_transport keeps its default: where it is not 0, a training step asks the teacher
         super().__init__(clip_model, class_names, depth=depth, **text_options)
         self.lambda_image, self.lambda_text = lambda_image, lambda_text
         self.average_mean, self.average_std = average_mean, average_std

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from clip.precision import unit
+from extras import visualize
 from methods import cocoop
 from methods.cocoop import CoCoOp
 from methods.coop import CoOp
@@ -129,10 +130,16 @@ def test_patches_are_compared_with_the_texts_of_their_image(model):
     assert found.shape == (3, 3) and patch_cosines.shape == (3, 16, 3)
     torch.testing.assert_close(found, model(batch)[0] / model.scale)
     proj = model.clip.visual.proj
-    text = model.encode_own(unit(cls @ proj))                                      # (C, B, D)
+    text = model.encode_for(unit(cls @ proj))                                      # (C, B, D)
     for b in range(3):
         expected = unit(patches[b] @ proj) @ text[:, b].T
         torch.testing.assert_close(patch_cosines[b], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_map_of_patches_shows_the_texts_of_the_picture(model):
+    batch = images()
+    found = visualize.patch_cosines(model, batch[1:2], model.encode_prompts(), 2)
+    torch.testing.assert_close(found[:, 0], model.cosines(batch, None)[1][1, :, 2], atol=1e-5, rtol=1e-4)
 
 
 # ---- cost --------------------------------------------------------------------------------------------------
