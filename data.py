@@ -56,7 +56,7 @@ def load(name, root, shots, seed, sampler="exact", held_out=None, classes="all")
     """The pictures to train on, to validate with and to test on -> train, val, test, class names.
 
     Three lists of `(path, label, class name)`, and the names ordered by label, raw: underscores stay.
-    shots: images per class, drawn with `seed`; None or 0 means all. sampler: "exact" (CoOp's k-shot) or
+    shots: images per class, drawn with `seed`; None or 0 means all. sampler: "exact" (CoOp's k-shot), "up-to" or
     "proportional" (the released code's). held_out: see `own_lists`, None for other datasets.
     Validation gets up to min(shots, 4) per class from the same random stream. classes: see `choose_classes`; shots are
     drawn before, so that a class has the same ones in any case.
@@ -69,7 +69,7 @@ def load(name, root, shots, seed, sampler="exact", held_out=None, classes="all")
         raise ValueError(f"{name} has no training images: it is for evaluate.py RUN --on {name}")
     if shots:
         rng = random.Random(seed)          # one stream: train draws first, then validation
-        train = {"exact": few_shot, "proportional": proportional}[sampler](lists["train"], shots, rng)
+        train = SAMPLERS[sampler](lists["train"], shots, rng)
         # as in CoOp, a dataset without validation pictures takes them from its training part
         drawn = set(train)
         pool = lists["val"] or [item for item in lists["train"] if item not in drawn]
@@ -99,8 +99,14 @@ def few_shot(items, shots, seed):
     if len(fewest) < shots:
         raise ValueError(f"class {fewest[0][2]!r} has {len(fewest)} images, fewer than the {shots} shots asked for "
                          f"(images held out for the test do not count): --shots {len(fewest)} is the most that every "
-                         "class has, --shots 0 takes all")
+                         f"class has, --sampler up-to takes up to {shots} of each class, --shots 0 takes all")
     return [item for group in groups for item in rng.sample(group, shots)]
+
+
+def up_to(items, shots, seed):
+    """Up to `shots` items per class: all of a class that has fewer, else as `few_shot`."""
+    rng = seed if isinstance(seed, random.Random) else random.Random(seed)
+    return [item for group in _by_label(items) for item in rng.sample(group, min(shots, len(group)))]
 
 
 def proportional(items, shots, seed):
@@ -118,6 +124,9 @@ def proportional(items, shots, seed):
     share, rest = zip(*(divmod(total * len(group), len(items)) for group in groups))
     rounded_up = sorted(range(len(groups)), key=lambda i: (-rest[i], rng.random()))[:total - sum(share)]
     return [item for i, group in enumerate(groups) for item in rng.sample(group, share[i] + (i in rounded_up))]
+
+
+SAMPLERS = {"exact": few_shot, "up-to": up_to, "proportional": proportional}
 
 
 def _by_label(items):

@@ -41,6 +41,7 @@ class Counts(NamedTuple):
     """How many test images each score gets right, and how many there are, for each true class."""
     n_correct: dict          # {score: (C,) int64}; the first score decides, the last one is "zero_shot"
     n_images: torch.Tensor   # (C,) int64
+    confusion: torch.Tensor = None   # (C, C) int64: of the class of the row, those taken for that of the column
 
 
 @torch.no_grad()
@@ -54,6 +55,7 @@ def count_correct(model, loader, zero_shot, predictions=None):
     C = len(model.class_names)
     n_correct = {}
     n_images = torch.zeros(C, dtype=torch.int64, device=device)
+    confusion = torch.zeros(C, C, dtype=torch.int64, device=device)
     model.eval()
     # why here: the prompts do not change between images
     text_features = model.encode_prompts()
@@ -77,7 +79,9 @@ def count_correct(model, loader, zero_shot, predictions=None):
             correct = labels[score.argmax(dim=1) == labels]
             n_correct[name] = n_correct.get(name, 0) + torch.bincount(correct, minlength=C)
         n_images += torch.bincount(labels, minlength=C)
-    return Counts(n_correct, n_images)
+        pairs = C * labels + model.logits(outputs).argmax(dim=1)
+        confusion += torch.bincount(pairs, minlength=C * C).view(C, C)
+    return Counts(n_correct, n_images, confusion)
 
 
 def test(model, items, dataset, amp="off", workers=0, rank=0, world=1, template=None, predictions=None):
@@ -110,7 +114,8 @@ def add_up(counts):
     table = torch.stack([*(counts.n_correct.get(name, none) for name in names[0]), counts.n_images])
     dist.all_reduce(table)                                                         # (scores + 1, C)
     *n_correct, n_images = table
-    return Counts(dict(zip(names[0], n_correct)), n_images)
+    dist.all_reduce(counts.confusion)
+    return Counts(dict(zip(names[0], n_correct)), n_images, counts.confusion)
 
 
 # ---- the accuracies of a run ---------------------------------------------------------------------------------
@@ -151,17 +156,27 @@ def write_per_class(path, class_names, counts):
     machine.write_csv(path, rows)
 
 
+def write_confusion(path, class_names, confusion):
+    """A CSV file with a row for each true class and a column for each predicted one: how many images."""
+    names = [f"{label} {name}" for label, name in enumerate(class_names)]   # why numbers: two classes may share a name
+    machine.write_csv(path, [{"true class": name, **dict(zip(names, counts))}
+                             for name, counts in zip(names, confusion.tolist())])
+
+
 def report(folder, model, counts, config, started, **more):
-    """Writes result.json and per_class.csv of a run that began at `started`, and prints the accuracies."""
-    figures = {**percentages(counts), "split": config["test_split"], "test_images": int(counts.n_images.sum()),
+    """Writes result.json, per_class.csv and confusion.csv of a run that began at `started`, prints the accuracies."""
+    split = config["test_split"]
+    figures = {**percentages(counts), "split": split, f"{split}_images": int(counts.n_images.sum()),
                "learned_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
                "threads": torch.get_num_threads(), "precision": machine.precision(config["amp"]),
                "seconds": round(time.time() - started, 1), **more}
     named = {name: config[name] for name in ("method", "dataset", "model", "shots", "seed", "split_seed")}
     write_per_class(folder / "per_class.csv", model.class_names, counts)
+    write_confusion(folder / "confusion.csv", model.class_names, counts.confusion)
     machine.write_json(folder / "result.json", {**figures, **named, "config": config,
                                                 "versions": machine.versions()})
-    written = [name for name in ("result.json", "per_class.csv", "log.jsonl", "last.pt") if (folder / name).exists()]
+    files = ("result.json", "per_class.csv", "confusion.csv", "log.jsonl", "last.pt")
+    written = [name for name in files if (folder / name).exists()]
     print(f"{accuracies_line(figures)}, {figures['seconds']:.0f} s\nwrote {folder}/{', '.join(written)}")
 
 
@@ -169,7 +184,8 @@ def accuracies_line(result):
     """The accuracies of a run as one line of text."""
     others = ", ".join(f"{name.removesuffix('_accuracy').replace('_', '-')} {value:.2f}"
                        for name, value in result.items() if name.endswith("_accuracy"))
-    images = f"{result['test_images']} {result.get('split', 'test')} images"
+    split = result.get("split", "test")
+    images = f"{result[f'{split}_images']} {split} images"
     return f"accuracy {result['accuracy']:.2f} %  ({others})  on {images}"
 
 
@@ -199,7 +215,7 @@ def evaluate_run(run, checkpoint, device, data_root=None, workers=0, split="test
 
     error = calibration_error(predictions, [label for _, label, _ in items])
     result = {**percentages(counts), "calibration_error": 100 * error,
-              "split": split, "test_images": int(counts.n_images.sum()), "epoch": checkpoint["epoch"],
+              "split": split, f"{split}_images": int(counts.n_images.sum()), "epoch": checkpoint["epoch"],
               **{name: config[name] for name in ("method", "dataset", "model", "shots", "seed")},
               "tested_on": dataset, "precision": machine.precision(amp), "seconds": round(time.time() - start, 1)}
     name = "-".join(["evaluation", *filter(None, [on or classes])])

@@ -172,7 +172,7 @@ def fetch(url, path):
         if isinstance(error, HTTPError):
             error.close()
         raise ConnectionError(f"cannot download {url} to {path}: {error}. Without a connection, fetch the file on "
-                              "another machine and put it there") from error
+                              "another machine and put it there; --model tiny needs none") from error
     finally:
         with contextlib.suppress(OSError):         # why: the folder may not exist
             part.unlink(missing_ok=True)

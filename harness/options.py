@@ -147,8 +147,8 @@ def add_data_options(add, method, methods):
     add("--seed", metavar="N", type=int, default=1,
         help="initial prompts, order, crops; the paper averages 3 (%(default)s)")
     add("--split-seed", metavar="N", type=int, default=1, help="draws the shots (%(default)s)")
-    add("--sampler", choices=("exact", "proportional"), default="exact",
-        help="the same number per class, or by class frequency (%(default)s)")
+    add("--sampler", choices=("exact", "up-to", "proportional"), default="exact",
+        help="--shots of each class, fewer of small ones, or by frequency (%(default)s)")
 
 
 def add_recipe_options(add):

@@ -2,8 +2,9 @@
 
     last.pt        what was learned, and all that --resume needs; it contains the log too
     log.jsonl      one line per epoch
-    lock           the number of the process that writes here; only one can
-    result.json    accuracies on the test split, configuration, versions; per_class.csv has them for each class
+    lock           the number of the process that writes here; only one can. It may be removed when none does
+    result.json    accuracies on the test split, configuration, versions; per_class.csv has them for each class,
+                   confusion.csv which classes are taken for which
     evaluation.json, evaluation.csv    the same numbers from evaluate.py; with -new or -DATASET for other classes
     ood.json       the table of ood.py
     weights.json   accuracies for several weights of the local branch, from extras/compare.py --ablations
@@ -33,7 +34,8 @@ from methods import METHODS, OPTIONS
 # What a file system without locks answers, such as some NFS and Lustre mounts.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 # What a run writes beside last.pt, log.jsonl and lock, as patterns.
-REPORTS = ("result.json", "per_class.csv", "evaluation*.json", "evaluation*.csv", "ood.json", "weights.json")
+REPORTS = ("result.json", "per_class.csv", "confusion.csv", "evaluation*.json", "evaluation*.csv", "ood.json",
+           "weights.json")
 # What last.pt contains; training: the paths of the training pictures below the root.
 CHECKPOINT = {"learned": dict, "optimizer": dict, "scaler": dict, "config": dict, "class_names": list, "data": dict,
               "training": list, "clip_sha256": str, "threads": int, "epoch": int, "seconds": float, "log": list}

@@ -28,7 +28,8 @@ DATASETS = {
     "critters": Row("a photo of a {}.", len(critters.CLASSES),
         tuple(len(critters.CLASSES) * count for count in critters.POOL.values())),
     "folder": Row("a photo of a {}.", layouts=(("", ""),), as_people_see=True,
-        pictures="{train,val,test}/<class>/*.jpg (val or test may be absent)   or only <class>/*.jpg"),
+        pictures="{train,val,test}/<class>/*.jpg (val or test may be absent)   or only <class>/*.jpg   "
+                 "(remove the folder of a class without pictures)"),
     "imagenet": Row("a photo of a {}.", 1000, (1281167, 0, 50000), 66.7, "{train,val}/<wnid>/*.JPEG",
         (("imagenet", "images"), ("imagenet", "")), ("classnames.txt",)),
     # Variants of ImageNet, with its names and template. They are for tests alone: --on of evaluate.py.

@@ -111,6 +111,15 @@ def test_no_shots_means_all(eurosat):
         assert (len(train), len(val), len(test)) == (18, 15, 9)
 
 
+def test_up_to_takes_all_of_a_small_class():
+    items = [(f"{label}/{i}", label, str(label)) for label, count in enumerate((2, 5)) for i in range(count)]
+    drawn = data.up_to(items, 3, 1)
+    assert [label for _, label, _ in drawn] == [0, 0, 1, 1, 1] and len({*drawn}) == 5
+    assert data.up_to(items, 2, 7) == data.few_shot(items, 2, 7)         # where every class has enough
+    with pytest.raises(ValueError, match="--sampler up-to takes up to 3 of each class"):
+        data.few_shot(items, 3, 1)
+
+
 def test_proportional_by_hand():
     # 2 shots of 3 classes are 6 of 12 images: half of each class, 7 : 4 : 1 -> 3.5, 2, 0.5 -> floors 3, 2, 0;
     # the sixth image goes to the first or to the last class, whose remainders are equal
@@ -147,7 +156,7 @@ def test_the_largest_remainder_is_rounded_up(counts, shots, expected):
 
 
 def test_validation_goes_on_in_the_stream_of_the_training_draw(eurosat):
-    for sampler, draw in (("exact", data.few_shot), ("proportional", data.proportional)):
+    for sampler, draw in (("exact", data.few_shot), ("up-to", data.up_to), ("proportional", data.proportional)):
         train, val, *_ = data.load("eurosat", eurosat, 2, 1, sampler)
         rng, names = random.Random(1), [[path.rsplit("/", 1)[1] for path, *_ in items] for items in (train, val)]
         assert names == [[path.rsplit("/", 1)[1] for path, *_ in drawn]

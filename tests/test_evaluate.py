@@ -102,6 +102,16 @@ def test_per_class_file_by_hand(counts, tmp_path):
         '1,"bee, wild",2,100.00,50.00,100.00,50.00', "2,moth,1,0.00,100.00,0.00,100.00", "3,wasp,0,,,,"]
 
 
+def test_confusion_by_hand(counts, tmp_path):
+    # by the fused score, as LOGITS says beside each image: class 0 is taken for 0, 0, 1, 3; class 1 for 1, 1;
+    # class 2 for 0
+    assert counts.confusion.tolist() == [[2, 1, 0, 1], [0, 2, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    evaluate.write_confusion(tmp_path / "confusion.csv", ["ant", "bee, wild", "moth", "ant"], counts.confusion)
+    first, *rows = csv.reader((tmp_path / "confusion.csv").open())
+    assert first == ["true class", "0 ant", "1 bee, wild", "2 moth", "3 ant"]
+    assert rows[0] == ["0 ant", "2", "1", "0", "1"] and rows[3] == ["3 ant", "0", "0", "0", "0"]
+
+
 def counted(run, pictures, lambda_local):
     """Images that a run gets right by each score, counted one by one."""
     model = evaluate.load_run(run)

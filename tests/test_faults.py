@@ -186,7 +186,7 @@ def test_overwrite_replaces_a_run_once_a_new_checkpoint_stands(trained, options,
     error_of(train, *options, "--output-dir", tmp_path, "--overwrite", "--lr", 3e38, "--weight-decay", 1000)
     assert everything(tmp_path) == before                        # it failed before its first checkpoint
     train(*options, "--output-dir", tmp_path, "--overwrite", "--epochs", 1)
-    assert {*everything(tmp_path)} == {"last.pt", "log.jsonl", "per_class.csv", "result.json"}
+    assert {*everything(tmp_path)} == {"last.pt", "log.jsonl", "per_class.csv", "confusion.csv", "result.json"}
     assert len(read(tmp_path)[1]) == 1
 
 

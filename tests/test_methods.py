@@ -287,7 +287,7 @@ def test_linear_probe_command_writes_the_result_of_train(pictures, clip_file, tm
     (tmp_path / "probe/last.pt").touch()                                  # as if another method had trained here
     (tmp_path / "probe/evaluation.json").touch()
     probe_command.main(probe_command.parse_args([*options, "--overwrite"]))
-    assert {path.name for path in (tmp_path / "probe").iterdir()} == {"lock", "result.json", "per_class.csv"}
+    assert {path.name for path in (tmp_path / "probe").iterdir()} == {"lock", "result.json", "per_class.csv", "confusion.csv"}
 
 
 def test_linear_probe_needs_validation_images(tmp_path, monkeypatch):

@@ -215,7 +215,7 @@ def test_choices_can_be_made_on_validation_pictures(flat_run):
     root, run = flat_run
     result, _, checkpoint = read(run)
     # 7, 6 and 6 pictures: 3 of each class are held out; of 4, 3 and 3 others 2 are trained on, 2, 1 and 1 are left
-    assert (result["split"], result["train_images"], result["test_images"]) == ("val", 6, 4)
+    assert (result["split"], result["train_images"], result["val_images"]) == ("val", 6, 4)
     assert len(checkpoint["training"]) == 6 and not any(root.name in path for path in checkpoint["training"])
 
 
@@ -228,7 +228,7 @@ def test_a_picture_that_was_trained_on_never_counts_in_a_test(flat_run, tmp_path
         command(run, "--split", split, "--csv", tmp_path / "all.csv")
         out = capsys.readouterr().out
         assert {row["path"] for row in table(tmp_path / "all.csv")} == now - trained
-        assert json.loads((run / "evaluation.json").read_text())["test_images"] == len(now - trained)
+        assert json.loads((run / "evaluation.json").read_text())[f"{split}_images"] == len(now - trained)
         said = f"note: {run} was trained on {len(now & trained)} of the {len(now)} {split} pictures of today"
         assert (said in out) == bool(now & trained)
     assert {path for path, *_ in lists["test"]} & trained                  # else this test would show nothing

@@ -345,13 +345,13 @@ def test_training_says_what_it_uses_and_how_it_goes(options, clip_file, tmp_path
         assert "left" in line and len(line) <= 120 and "plan_entropy" in entry
     assert lines[-2].startswith("accuracy {accuracy:.2f} %  (global {global_accuracy:.2f}, local {local_accuracy:.2f}, "
                                 "zero-shot {zero_shot_accuracy:.2f})  on 7 test images".format(**result))
-    assert lines[-1] == f"wrote {tmp_path}/run/result.json, per_class.csv, log.jsonl, last.pt"
+    assert lines[-1] == f"wrote {tmp_path}/run/result.json, per_class.csv, confusion.csv, log.jsonl, last.pt"
 
 
 # ---- what a run writes ---------------------------------------------------------------------------------------
 
 def test_a_run_writes_what_is_needed_to_read_it(trained, options):
-    assert {p.name for p in trained.iterdir()} == {"log.jsonl", "last.pt", "result.json", "per_class.csv", "lock"}
+    assert {p.name for p in trained.iterdir()} == {"log.jsonl", "last.pt", "result.json", "per_class.csv", "confusion.csv", "lock"}
     result, log, checkpoint = read(trained)
     assert {"accuracy", "global_accuracy", "local_accuracy", "zero_shot_accuracy", "seconds", "versions"} <= set(result)
     facts = {"test_images": 7, "train_images": 9, "world_size": 1, "threads": 1, "dataset": "folder", "shots": 3,
@@ -382,7 +382,7 @@ def test_what_an_earlier_run_left_in_the_folder_is_not_taken_for_this_ones(optio
     (tmp_path / "evaluation.json").write_text("{}")
     (tmp_path / "log.jsonl").write_text("{}\n{}\n")
     train(*options, "--epochs", 1, "--output-dir", tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"log.jsonl", "last.pt", "result.json", "per_class.csv", "lock"}
+    assert {p.name for p in tmp_path.iterdir()} == {"log.jsonl", "last.pt", "result.json", "per_class.csv", "confusion.csv", "lock"}
     assert len(read(tmp_path)[1]) == 1
 
 
