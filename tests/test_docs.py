@@ -9,6 +9,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import sys
 
 import pytest
@@ -161,3 +162,13 @@ def test_ones_own_method_runs_as_it_is_pasted(options, tmp_path, monkeypatch):
     model = runs.load_run(tmp_path / "run")
     seen = visualize.look(model, torch.randn(1, 3, 32, 32), model.encode_prompts())
     assert len(seen.support) == 5 and seen.plan is None
+
+
+def test_the_code_for_own_pictures_runs_as_it_is_pasted(trained, pictures, capsys):
+    page = (PROJECT / "docs/own_pictures.md").read_text()
+    code = "".join(re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
+    for name in ("a.jpg", "b.jpg"):
+        shutil.copy(pictures / "test/sea/0.png", name)
+    exec(code.replace("runs/folder-photos-8shot-cache-features-seed1", str(trained)), {})
+    printed = capsys.readouterr().out
+    assert printed.startswith("a.jpg [(") and "tensor([" in printed
