@@ -459,7 +459,9 @@ def train(args):
         return report_finished(run)
     if rank == 0:
         announce(run)
-    network = DistributedDataParallel(run.model) if world > 1 else run.model
+    # why not for the test: it would be compiled again, for other shapes
+    network = torch.compile(run.model) if args.compile else run.model
+    network = DistributedDataParallel(network) if world > 1 else network
     batches = iter(make_loader(run))
 
     for epoch in range(run.epochs_done, args.epochs):

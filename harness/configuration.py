@@ -35,6 +35,8 @@ def fill_in(args, defaults, is_new=True):
     args.data_root = files.absolute(args.data_root)
     if args.workers is None:
         args.workers = machine.default_workers(args.device)
+    if args.text_chunk is None:
+        args.text_chunk = machine.default_text_chunk(args.device)
     with machine.plain_errors():
         restarted = machine.from_environment("TORCHELASTIC_RESTART_COUNT")
     if restarted and not args.overwrite:                 # why: torchrun gave the same command again, after a failure

@@ -43,7 +43,8 @@ CHECKPOINT = {"learned": dict, "optimizer": dict, "scaler": dict, "config": dict
 CONFIGURATION = ("dataset", "data_root", "model", "activation", "template", "classes", "shots", "held_out",
                  "test_split", "seed", "split_seed", "sampler", "amp", "text_chunk", "checkpoint_text")
 # Options that change how a run is computed and stored, but not what is computed.
-IGNORED_WHEN_COMPARING = {"data_root", "output_dir", "device", "workers", "amp", "text_chunk", "checkpoint_text"}
+IGNORED_WHEN_COMPARING = {"data_root", "output_dir", "device", "workers", "amp", "text_chunk", "checkpoint_text",
+                         "compile"}
 
 
 # ---- from a folder to a model --------------------------------------------------------------------------------

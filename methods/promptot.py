@@ -138,6 +138,7 @@ class PromptOT(Method):
         """[SOS], prompt, class name, full stop, [EOT] of each class -> unit (C, D)."""
         return self.encode(self.text_prompts[:1], self.SUFFIX, self.text_prompts[1:])[:, 0]    # N = 1
 
+    @torch.compiler.disable      # why: it is called once, and its tokenizer is no work for a compiler
     def encode_frozen(self):
         """The text features of the frozen CLIP, of "a photo of a <name>." -> unit (C, D)."""
         return self.encode(self.word_vectors(TEMPLATE)[None], self.SUFFIX)[:, 0]

@@ -87,6 +87,7 @@ class PromptSRC(PromptOT):
         self.register_buffer("average_text_prompts", torch.zeros_like(self.text_prompts))      # (J, n, W)
         self.register_buffer("average_image_prompts", torch.zeros_like(self.image_prompts))    # (J, n, W)
 
+    @torch.compiler.disable      # why: it is called once, and its tokenizer is no work for a compiler
     def encode_frozen(self):
         """The frozen CLIP's texts: the mean of the raw features of TEMPLATES, then unit length, (C, D)."""
         raw = (template_features(self.clip, self.class_names, template, raw=True) for template in TEMPLATES)

@@ -22,6 +22,8 @@ from clip.model import CLIP  # noqa: E402  (after the path is set, and before to
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
+if torch.cuda.is_available():
+    torch.cuda.init()        # why now: a test may hide the GPU from the commands that it starts
 torch.set_num_threads(1)     # why: the matrices here are so small that a second thread costs more than it saves
 
 
@@ -40,6 +42,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(request, monkeypatch):
+    """A test means the CPU unless it is marked cuda: what it sees must not depend on the machine."""
+    if not request.node.get_closest_marker("cuda"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")   # for the commands that it starts
 
 
 # ---- what is the user's stays the user's

@@ -25,7 +25,7 @@ RECIPE = {"shots": 16, "seed": 1, "split_seed": 1, "sampler": "exact", "epochs":
           "batch_size": 32, "lr": 0.05, "weight_decay": 0.01, "n_global": 4, "n_local": 4, "n_support": 10,
           "epsilon": 0.1, "n_iters": 20, "lambda_local": 0.25, "prompt_dropout": 0.75, "local_projection": True,
           "vv_attention": True, "class_specific": True, "plan_gradient": True, "cache_features": False,
-          "checkpoint_text": False, "text_chunk": 200}
+          "checkpoint_text": False, "text_chunk": 200, "compile": False}
 
 
 # ---- the recipe ----------------------------------------------------------------------------------------------
@@ -44,6 +44,8 @@ def test_defaults_are_the_papers():
     (("--device", "cpu"), "amp", "off"), (("--device", "cpu"), "workers", 0),
     (("--device", "cuda:1"), "amp", "fp16"), (("--device", "cuda", "--amp", "bf16"), "amp", "bf16"),
     (("--device", "cuda", "--workers", "0"), "workers", 0),
+    (("--device", "cuda:1"), "text_chunk", 1000), (("--device", "cpu"), "text_chunk", 200),
+    (("--device", "cuda", "--text-chunk", "50"), "text_chunk", 50),
     (("--dataset", "dtd", "--data-root", "/here"), "data_root", "/here"), ((), "data_root", "/from the environment"),
     (("--model", "vit-b-32"), "model", "ViT-B/32"), (("--model", "ViT-B/16"), "model", "ViT-B/16")])
 def test_what_is_not_given_follows_from_the_rest(arguments, field, value, monkeypatch):
@@ -67,7 +69,7 @@ def test_what_is_not_given_follows_from_the_rest(arguments, field, value, monkey
     ("--method coop --words 'a photo of a'", "coop-critters-16shot-words-a-photo-of-a-seed1"),
     ("--template 'my {}/it.'", "critters-16shot-template-my-it.-seed1"),
     ("--sampler proportional", "critters-16shot-sampler-proportional-seed1"),
-    ("--device cpu --amp bf16 --workers 2 --text-chunk 3 --checkpoint-text", "critters-16shot-seed1")])
+    ("--device cpu --amp bf16 --workers 2 --text-chunk 3 --checkpoint-text --compile", "critters-16shot-seed1")])
 def test_the_name_of_a_folder_says_what_differs(arguments, name):
     Path("mine.v2.pt").touch()
     assert script.parse_args(shlex.split(arguments)).output_dir == f"runs/{name}"
