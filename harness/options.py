@@ -163,8 +163,8 @@ def add_recipe_options(add):
 def add_machine_options(add):
     add("--amp", choices=("off", "fp16", "bf16"), help="mixed precision (fp16 on CUDA, else off)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1; torchrun gives each process its GPU (a GPU if any)")
-    add("--workers", metavar="N", type=int, help="processes that read pictures (up to 8 on CUDA, 0 on CPU)")
-    add("--cache-features", action="store_true", help="compute image features once: fast, but no random crops")
+    add("--workers", metavar="N", type=int, help="processes that read pictures (CUDA: up to 8, else 0)")
+    add("--cache-features", action="store_true", help="image features once: fast, no random crops")
     add("--text-chunk", metavar="N", type=int, help="classes encoded at once (1000 on CUDA, else 200)")
     add("--checkpoint-text", action="store_true", help="less memory for texts, more time")
     add("--compile", action="store_true", help="torch.compile: a slow start, then fewer kernels")
