@@ -133,7 +133,7 @@ def parse_args(argv=None):
 @machine.plain_errors()
 def main(args):
     """Computes the numbers of the pictures, writes the page and says where."""
-    machine.check_device(args.device)
+    machine.use_device(args.device)
     checkpoint = runs.read_checkpoint(args.run)
     model = runs.build(args.run, checkpoint, args.device)
     with torch.no_grad():
