@@ -11,6 +11,7 @@ RUN/evaluation.json and RUN/evaluation.csv keep the numbers; what training wrote
 `count_correct` (one pass over the pictures) through `test` (a split) to `main`.
 """
 
+import os
 import statistics
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 import data
-from harness import machine, runs
+from harness import machine, places, runs
 from harness.parser import Parser
 from harness.predict import csv_row, likeliest, name_files, predict
 from harness.runs import load_run
@@ -169,7 +170,7 @@ def report(folder, model, counts, config, started, **more):
     figures = {**percentages(counts), "split": split, f"{split}_images": int(counts.n_images.sum()),
                "learned_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
                "threads": torch.get_num_threads(), "precision": machine.precision(config["amp"]),
-               "seconds": round(time.time() - started, 1), **more}
+               "seconds": round(time.monotonic() - started, 1), **more}
     named = {name: config[name] for name in ("method", "dataset", "model", "shots", "seed", "split_seed")}
     write_per_class(folder / "per_class.csv", model.class_names, counts)
     write_confusion(folder / "confusion.csv", model.class_names, counts.confusion)
@@ -196,9 +197,12 @@ def evaluate_run(run, checkpoint, device, data_root=None, workers=0, split="test
     csv_file: where `csv_row` of each image is written. on: another dataset, classes: "new", in place of its own.
     amp: the precision; the run's own where None.
     """
-    start = time.time()
+    start = time.monotonic()
     config = checkpoint["config"]
-    machine.check_writable(run)
+    writable = os.access(run, os.W_OK)
+    if not writable:
+        print(f"note: {run} is read-only here: evaluation.json is not written; --csv FILE can be elsewhere",
+              flush=True)
     items, class_names = runs.unseen_pictures(run, checkpoint, data_root, split, on, classes)
     model = runs.build(run, checkpoint, device, class_names)
     if amp is None:
@@ -217,11 +221,13 @@ def evaluate_run(run, checkpoint, device, data_root=None, workers=0, split="test
     result = {**percentages(counts), "calibration_error": 100 * error,
               "split": split, f"{split}_images": int(counts.n_images.sum()), "epoch": checkpoint["epoch"],
               **{name: config[name] for name in ("method", "dataset", "model", "shots", "seed")},
-              "tested_on": dataset, "precision": machine.precision(amp), "seconds": round(time.time() - start, 1)}
+              "tested_on": dataset, "precision": machine.precision(amp),
+              "seconds": round(time.monotonic() - start, 1)}
     name = "-".join(["evaluation", *filter(None, [on or classes])])
-    machine.write_json(Path(run) / f"{name}.json", result)
-    write_per_class(Path(run) / f"{name}.csv", class_names, counts)
-    print(f"wrote {run}/{name}.json, {name}.csv", flush=True)
+    if writable:
+        machine.write_json(Path(run) / f"{name}.json", result)
+        write_per_class(Path(run) / f"{name}.csv", class_names, counts)
+        print(f"wrote {run}/{name}.json, {name}.csv", flush=True)
     if csv_file:
         machine.write_csv(csv_file, [csv_row(path, prediction, class_names, label)
                                      for (path, label, _), prediction in zip(items, predictions)])
@@ -342,8 +348,7 @@ def main(args):
     """Zero-shot accuracy, one's own pictures, or the accuracies of runs."""
     machine.use_device(args.device, args.amp or "off")
     if args.csv:
-        runs.check_csv(args.csv)
-        Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
+        places.check_file(args.csv, "--csv")
     if args.zero_shot:
         report_zero_shot(args)
     elif args.images:

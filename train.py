@@ -38,8 +38,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import evaluate
-from harness import machine, runs
+from harness import machine, places, runs
+from harness.agreement import check_agreement, facts
 from harness.configuration import check_args, configuration, unusual
+from methods.zero_shot import ZeroShot
 from sources import folders
 
 
@@ -61,7 +63,6 @@ class Run:
     scaler: torch.amp.GradScaler
     fingerprint: dict                 # configuration, pictures, classes and CLIP weights, as last.pt keeps them
     started: float
-    lock: object = None               # the file that keeps other processes out of the folder; rank 0 has it
     log: list = field(default_factory=list)    # a dict for each epoch that is done
 
     @property
@@ -74,8 +75,8 @@ class Run:
 
 
 def set_up(args, rank, world, device):
-    """Builds the run; restores it with --resume. Whatever can fail before the first step fails here."""
-    started = time.time()
+    """Builds the run. Whatever can fail before the first step fails here, or in `begin`."""
+    started = time.monotonic()
     config = configuration(args)
     train_set, val_set, test_set, class_names = data.load(args.dataset, args.data_root, args.shots, args.split_seed,
                                                           args.sampler, args.held_out, args.classes)
@@ -86,6 +87,8 @@ def set_up(args, rank, world, device):
     clip_model, preprocess = clip.load(args.model, device, args.activation)
     torch.manual_seed(args.seed)                         # why: the same initial prompts on every process
     model = runs.make_model(clip_model, class_names, config, (rank, world))
+    # why: names that are too long for the zero-shot row fail here
+    ZeroShot(clip_model, class_names, data.template(args.dataset, args.template))
     if args.classes == "base":
         runs.check_shared(model, "--classes base is for a test on new classes")
     if args.cache_features and not model.frozen_tower:
@@ -99,20 +102,25 @@ def set_up(args, rank, world, device):
                    "threads": torch.get_num_threads()}
     if args.amp in machine.HALF:
         clip_model.store_matrices(machine.HALF[args.amp])
-    run = Run(args, rank, world, device, train_set, test_set, published, preprocess, model, optimizer, scaler,
-              fingerprint, started)
-    if rank == 0:
-        run.lock = runs.lock(run.folder)
+    return Run(args, rank, world, device, train_set, test_set, published, preprocess, model, optimizer,
+               scaler, fingerprint, started)
+
+
+def begin(run):
+    """Restores the run with --resume. Raises ValueError where the processes would not train the same."""
+    args = run.args
+    if run.rank == 0:
         # why again: another process had the folder till now
-        runs.check_free(run.folder, config, args.resume, args.overwrite)
+        runs.check_free(run.folder, run.fingerprint["config"], args.resume, args.overwrite)
     if args.resume and (run.folder / "last.pt").exists():
         resume(run)
     else:
-        if args.resume and rank == 0:
+        if args.resume and run.rank == 0:
             print(f"nothing to resume in {run.folder}, which has no last.pt: the run starts anew")
         if args.start_from:
             start_from(run, args.start_from)
-    return run
+    if run.world > 1:
+        check_agreement(facts(run.fingerprint, run.model.learned_state(), run.epochs_done))
 
 
 def make_optimizer(model, args, device):
@@ -289,7 +297,7 @@ def learning_rate(epoch, args):
 
 def train_epoch(run, network, batches, epoch):
     """One pass over the few-shot images, the next ones of an iterator -> the fields of its line in log.jsonl."""
-    args, model, began, sums, skipped = run.args, run.model, time.time(), 0, 0
+    args, model, began, sums, skipped = run.args, run.model, time.monotonic(), 0, 0
     draws = torch.Generator().manual_seed((args.seed * 100_003 + epoch) % 2**63)
     n_steps = math.ceil(len(run.train_set) / args.batch_size)
     network.train()
@@ -313,7 +321,7 @@ def train_epoch(run, network, batches, epoch):
         sums = sums + batch_sums(model, outputs, labels, {"loss": loss, **terms}, n_batch)
     return {**epoch_means(run, sums, ["loss", *(f"{term}_loss" for term in terms)]),
             **skipped_steps(run, skipped, n_steps, epoch), **diagnose(run, images, labels),
-            "lr": run.optimizer.param_groups[0]["lr"], "seconds": round(time.time() - began, 2)}
+            "lr": run.optimizer.param_groups[0]["lr"], "seconds": round(time.monotonic() - began, 2)}
 
 
 def to_device(tensor, device):
@@ -374,13 +382,14 @@ def diagnose(run, images, labels):
 
 
 def finish_epoch(run, epoch, fields):
-    """last.pt and the log, which has more, then a line on the screen. Raises ValueError on a loss that is no number."""
+    """last.pt and the log, which has more, then a line on the screen. Raises ValueError on an infinite number."""
     fields = {"epoch": epoch + 1, **fields}
     losses = [name for name in fields if name.endswith("_loss")]
     terms = ", ".join(f"{name.removesuffix('_loss')} {fields[name]:.4f}" for name in losses)
-    if not math.isfinite(fields["loss"]):
-        raise ValueError(f"epoch {epoch + 1}: loss {fields['loss']} ({terms}): try a smaller --lr, or --amp off; "
-                         "last.pt, if there is one, holds the epoch before")
+    infinite = [f"{name} {value}" for name, value in fields.items() if not math.isfinite(value)]
+    if infinite:
+        raise ValueError(f"epoch {epoch + 1}: {', '.join(infinite)}: try a smaller --lr, or --amp off; last.pt, if "
+                         "there is one, holds the epoch before")
     run.log.append(fields)
     save_checkpoint(run)
     write_log(run)
@@ -401,15 +410,18 @@ def save_checkpoint(run):
     learned = run.model.learned_state()
     clip.check_finite(learned, f"epoch {run.epochs_done}: training failed, try a smaller --lr, or --amp off")
     checkpoint = {"learned": learned, "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
-                  **run.fingerprint, "epoch": run.epochs_done, "seconds": time.time() - run.started, "log": run.log}
+                  **run.fingerprint, "epoch": run.epochs_done, "seconds": time.monotonic() - run.started,
+                  "log": run.log}
+    replaced = run.epochs_done == 1 and runs.holds_run(run.folder)
     machine.write_whole(run.folder / "last.pt", lambda path: torch.save(checkpoint, path))
-    if run.epochs_done == 1:
-        runs.remove(run.folder)
+    if replaced:
+        places.remove(run.folder)
 
 
 def write_log(run):
     """log.jsonl, whole, as last.pt has it."""
-    machine.write_text(run.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in run.log))
+    lines = [json.dumps(line, allow_nan=False) + "\n" for line in run.log]
+    machine.write_text(run.folder / "log.jsonl", "".join(lines))
 
 
 # ---- report --------------------------------------------------------------------------------------------------
@@ -424,14 +436,6 @@ def plain_memory_error(model):
                           f"{len(model.class_names)} classes in each step. --checkpoint-text --text-chunk 50 "
                           "helps, or more GPUs; a smaller batch does not, unless the image tower has learned prompts "
                           "too") from error
-
-
-def report_finished(run):
-    """Says that a resumed run has nothing left to do, and its result."""
-    if run.rank == 0:
-        print(f"{run.folder} is finished\n{evaluate.accuracies_line(runs.read_result(run.folder))}")
-    if run.world > 1:
-        dist.destroy_process_group()
 
 
 def how_to_go_on(args):
@@ -455,8 +459,21 @@ def train(args):
     check_args(args, world)
     rank, world, device = machine.start_processes(args)
     run = set_up(args, rank, world, device)
-    if run.epochs_done == args.epochs and (run.folder / "result.json").exists():
-        return report_finished(run)
+    with places.lock(run.folder) if rank == 0 else contextlib.nullcontext():
+        begin(run)
+        if run.epochs_done < args.epochs or not (run.folder / "result.json").exists():
+            train_and_test(run)
+        elif rank == 0:
+            print(f"{run.folder} is finished\n{evaluate.accuracies_line(runs.read_result(run.folder))}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def train_and_test(run):
+    """All epochs that are left, then the test and its report."""
+    args = run.args
+    rank = run.rank
+    world = run.world
     if rank == 0:
         announce(run)
     # why not for the test: it would be compiled again, for other shapes
@@ -476,8 +493,6 @@ def train(args):
     if rank == 0:
         evaluate.report(run.folder, run.model, counts, run.fingerprint["config"], run.started,
                         train_images=len(run.train_set), split_matches_published=run.published, world_size=world)
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

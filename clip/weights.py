@@ -4,6 +4,7 @@ OpenAI's files are TorchScript archives, that is programs that carry their weigh
 leave the program alone: `ArchiveReader` knows the few things that weights need, and refuses all others.
 """
 
+import errno
 import gzip
 import io
 import pickle
@@ -141,6 +142,8 @@ def read_state_dict(path):
             state = torch.load(file, map_location="cpu", weights_only=True)
     # why so broad: in a damaged file zipfile, pickle and torch can trip over anything
     except Exception as error:
+        if is_memory(error) or is_refusal(error):
+            raise
         reason = error if isinstance(error, ValueError) else type(error).__name__
         raise ValueError(f"cannot be read as weights ({reason}): it is truncated or damaged, or holds "
                          "more than tensors. Fetch it again, or save a model's state_dict() alone") from error
@@ -149,11 +152,25 @@ def read_state_dict(path):
     return state
 
 
+def is_memory(error):
+    """Whether an error says that there is too little memory; torch has words of its own for it."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
+def is_refusal(error):
+    """Whether the system refused to read a file, which may be whole. EINVAL: it is damaged."""
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+
+
 def unpack(raw):
     """The content of a gzipped file. Raises ValueError where it is larger than LIMIT."""
-    content = gzip.GzipFile(fileobj=raw).read(LIMIT + 1)
-    if len(content) > LIMIT:
-        raise ValueError(f"it unpacks to more than {LIMIT} bytes")
+    content = bytearray()
+    # why in pieces: Python takes all that is asked for at once
+    with gzip.GzipFile(fileobj=raw) as file:
+        while piece := file.read(2**20):
+            content += piece
+            if len(content) > LIMIT:
+                raise ValueError(f"it unpacks to more than {LIMIT} bytes")
     return content
 
 

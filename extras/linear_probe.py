@@ -17,10 +17,11 @@ import torch
 
 import data
 import evaluate
-from harness import machine, runs
+from harness import machine, places, runs
 from harness.configuration import folder_name
 from harness.parser import Parser
 from methods.linear_probe import LinearProbe, fit, search
+from methods.zero_shot import ZeroShot
 
 
 @torch.no_grad()
@@ -65,22 +66,32 @@ def configuration(args):
 @machine.plain_errors()
 def main(args):
     """Features, the search for c, the fit, the test."""
-    started, folder = time.time(), Path(args.output_dir)
+    started, folder = time.monotonic(), Path(args.output_dir)
     machine.use_device(args.device)
     config = configuration(args)
     runs.check_free(folder, config, overwrite=args.overwrite)
+    if args.dataset == "folder":
+        places.check_apart(folder, args.data_root)
     train, val, test, class_names = data.load(args.dataset, args.data_root, args.shots, args.split_seed)
+    published = data.split_matches_published(args.dataset, args.data_root)
     if not val:
         raise ValueError(f"{args.dataset} has no validation images, on which the linear probe chooses its penalty")
-    _lock = runs.lock(folder)                              # kept open until the end
-    runs.check_free(folder, config, overwrite=args.overwrite)    # why again: another process had the folder till now
+    if data.DATASETS[args.dataset].as_people_see:
+        data.check_pictures(train + val + test)
     clip_model, _ = clip.load(args.model, args.device)
-    train_features, val_features = (image_features(clip_model, items, args) for items in (train, val))
-    c = search(*train_features, *val_features)
-    model = LinearProbe(clip_model, class_names, *fit(*train_features, c, len(class_names)))
-    counts = evaluate.test(model, test, args.dataset, workers=args.workers)
-    runs.remove(folder, ("last.pt", "log.jsonl", *runs.REPORTS))
-    evaluate.report(folder, model, counts, config, started, c=c, train_images=len(train))
+    ZeroShot(clip_model, class_names, data.template(args.dataset))    # why: names too long for it fail here
+
+    with places.lock(folder):
+        # why again: another process had the folder till now
+        runs.check_free(folder, config, overwrite=args.overwrite)
+        train_features, val_features = (image_features(clip_model, items, args) for items in (train, val))
+        c = search(*train_features, *val_features)
+        model = LinearProbe(clip_model, class_names, *fit(*train_features, c, len(class_names)))
+        counts = evaluate.test(model, test, args.dataset, workers=args.workers)
+        if runs.holds_run(folder):
+            places.remove(folder, ("last.pt", "log.jsonl", *places.REPORTS))
+        evaluate.report(folder, model, counts, config, started, c=c, train_images=len(train),
+                        split_matches_published=published)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import clip  # before torch: it bounds how long torch's threads wait
 import torch
 
 import data
-from harness import machine, runs
+from harness import machine, places, runs
 from harness.options import SWITCHES, parse_args
 from methods import promptot
 from sources import files
@@ -80,6 +80,8 @@ def check_args(args, world):
     if args.held_out is not None and not 0 < args.held_out < 1:
         raise ValueError(f"--held-out must lie between 0 and 1, got {args.held_out}")
     check_start(args)
+    if args.dataset == "folder":
+        places.check_apart(args.output_dir, args.data_root)
     runs.check_free(args.output_dir, configuration(args), args.resume, args.overwrite)
 
 

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from datetime import timedelta
@@ -21,6 +22,7 @@ import PIL
 import torch
 import torch.distributed as dist
 
+from harness import streams
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # ---- device and precision ----------------------------------------------------------------------------------
@@ -253,12 +255,12 @@ def alone():
 def progress(steps, label, rank=0, total=None):
     """Passes the steps on. Where stderr is a terminal, rank 0 shows there how many of the total are done."""
     total = len(steps) if total is None else total
-    start = time.time()
+    start = time.monotonic()
     shown = 0.0
     for i, step in enumerate(steps, 1):
         yield step
-        if rank == 0 and sys.stderr.isatty() and time.time() - shown > 0.5:
-            shown = time.time()
+        if rank == 0 and sys.stderr.isatty() and time.monotonic() - shown > 0.5:
+            shown = time.monotonic()
             left = (shown - start) / i * (total - i)
             print(f"\r{label} {i}/{total}, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
     if shown:
@@ -269,45 +271,60 @@ def progress(steps, label, rank=0, total=None):
 def plain_errors(hint=""):
     """Around a script's `main`: what the user can mend ends the program with one line on stderr and exit code 1.
 
-    Every rank prints its own error. hint: what to do after Ctrl-C, or a function that says it. Nothing printed can stop
-    a run: a character that the terminal does not know is escaped, and a closed pipe (`| head -1`) ends the program
-    quietly.
+    Every rank prints its own error. hint: what to do after Ctrl-C or SIGTERM, or a function that says it. A line
+    that cannot be printed stops no run, but a reader who closed the pipe (`| head -1`) ends it quietly.
     """
     # why not `rank_and_world`: what is wrong with these variables is an error like others
     of_several = os.environ.get("WORLD_SIZE", "1") not in ("", "1") and os.environ.get("RANK")
     rank = f"rank {os.environ['RANK']}: " if of_several else ""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
     try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # why: Python flushes once more at its end
+        with streams.safe_streams(), streams.safe_end():
+            yield
+    except streams.ReaderGone:
         sys.exit(1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         hint = hint() if callable(hint) else hint
-        sys.exit(f"{rank}interrupted" + (f": {hint}" if hint else ""))
-    except (OSError, ValueError, MemoryError) as error:
-        sys.exit(f"{rank}error: {error}")
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):    # torch's words on a CPU
+        how = "terminated" if isinstance(stop, streams.Terminated) else "interrupted"
+        sys.exit(f"{rank}{how}" + (f": {hint}" if hint else ""))
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        text = streams.in_words(error)
+        if not text:
             raise
-        sys.exit(f"{rank}error: out of memory: {str(error).splitlines()[0]}")
+        sys.exit(f"{rank}error: {text}")
 
 
 def write_whole(path, write):
-    """Calls write(temporary path), then renames the file: a reader never sees half of it."""
-    temporary = Path(f"{path}.tmp{os.getpid()}")
+    """Calls write(temporary path), then renames the file: a reader never sees half of it.
+
+    A link stays one, and the file that it leads to is written. Into a pipe or a device the whole is copied.
+    """
+    stream = {"/dev/stdout": 1, "/dev/stderr": 2}.get(str(path), path)
+    if stream != path or (os.path.exists(path) and not os.path.isfile(path)):
+        return write_into(stream, write)
+    real = Path(os.path.realpath(path))
+    temporary = real.with_name(f"{real.name[:60]}.tmp{os.getpid()}")   # why 60: a name has 255 bytes at most
     try:
         write(temporary)
-        os.replace(temporary, path)
+        os.replace(temporary, real)
     except RuntimeError as error:                      # why: torch's, on a full disk
         raise OSError(f"cannot write {path}, is the disk full? {str(error).splitlines()[0]}") from error
     except OSError as error:                           # why: a full disk is not named by Python
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_into(stream, write):
+    """Copies what write(temporary path) wrote into a pipe or a device, by its path or number."""
+    sys.stdout.flush()                                 # why: what was printed before comes before
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "whole"
+        write(whole)
+        try:
+            with open(stream, "wb", closefd=isinstance(stream, str | Path)) as file:
+                file.write(whole.read_bytes())
+        except BrokenPipeError as error:
+            raise streams.ReaderGone from error
 
 
 def write_text(path, text):
@@ -329,11 +346,4 @@ def write_csv(path, rows):
 
 def write_json(path, fields):
     """A dict as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(fields, indent=2) + "\n")
-
-
-def check_writable(folder):
-    """Raises OSError for a folder that cannot be written to. why: else it would show when all the work is done."""
-    if not os.access(folder, os.W_OK):
-        raise OSError(f"{folder} is read-only here: results are written into it, so copy it to where they can be")
-
+    write_text(path, json.dumps(fields, indent=2, allow_nan=False) + "\n")

@@ -13,14 +13,13 @@
 Read it from `load_run` (from a folder to a model) through the checks to the pictures of a run.
 """
 
-import errno
-import fnmatch
+import contextlib
 import hashlib
 import itertools
 import json
 import os
-import time
 import zipfile
+from io import BytesIO
 from pathlib import Path
 
 import clip  # before torch: it bounds how long torch's threads wait
@@ -28,14 +27,10 @@ import clip  # before torch: it bounds how long torch's threads wait
 import torch
 
 import data
-from clip.weights import check_archive
+from clip.weights import check_archive, is_memory
+from harness import places
 from methods import METHODS, OPTIONS
 
-# What a file system without locks answers, such as some NFS and Lustre mounts.
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-# What a run writes beside last.pt, log.jsonl and lock, as patterns.
-REPORTS = ("result.json", "per_class.csv", "confusion.csv", "evaluation*.json", "evaluation*.csv", "ood.json",
-           "weights.json")
 # What last.pt contains; training: the paths of the training pictures below the root.
 CHECKPOINT = {"learned": dict, "optimizer": dict, "scaler": dict, "config": dict, "class_names": list, "data": dict,
               "training": list, "clip_sha256": str, "threads": int, "epoch": int, "seconds": float, "log": list}
@@ -103,11 +98,14 @@ def read_checkpoint(run):
     if not path.is_file():
         what = f"{run} holds no last.pt" if Path(run).is_dir() else f"there is no folder {run}"
         raise FileNotFoundError(f"{what}: name one that train.py wrote, such as runs/critters-16shot-seed1")
+    content = path.read_bytes()                            # why apart: what a disk refuses is no damage
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(BytesIO(content)) as archive:
             check_archive(archive)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # why so broad: in a damaged file zipfile, pickle and torch can trip over anything
+        if is_memory(error):
+            raise
         raise ValueError(f"{path} is damaged: it cannot be read ({type(error).__name__}); the run must start anew, "
                          "with --overwrite") from error
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
@@ -164,8 +162,10 @@ def check_free(folder, config, resume=False, overwrite=False):
     """
     folder = Path(folder)
     goes_on, finished = (folder / "last.pt").exists(), (folder / "result.json").exists()
-    if not (goes_on or finished) or overwrite or (resume and goes_on):
+    if overwrite or (resume and goes_on):
         return
+    if not (goes_on or finished):
+        return check_foreign(folder)
     before = (read_checkpoint(folder) if goes_on else read_result(folder))["config"]
     differs = changes(before, config)
     if config["dataset"] == "folder" and before["data_root"] != config["data_root"]:
@@ -180,52 +180,26 @@ def check_free(folder, config, resume=False, overwrite=False):
                      + others)
 
 
+def check_foreign(folder):
+    """Raises ValueError where a folder without a run holds files that a run would replace."""
+    found = [name for name in places.LOCKED if os.path.lexists(folder / name)]
+    if found:
+        raise ValueError(f"{folder / found[0]} would be replaced, but no run stands there: --output-dir "
+                         f"{unused(folder)} leaves it alone, --overwrite replaces it")
+
+
 def unused(folder):
     """A folder beside this one that does not exist: runs/a -> runs/a-2."""
     return next(name for name in (f"{folder}-{n}" for n in itertools.count(2)) if not os.path.exists(name))
 
 
-def remove(folder, patterns=REPORTS):
-    """Removes what an earlier run left in a folder."""
-    for path in (path for pattern in patterns for path in Path(folder).glob(pattern)):
-        path.unlink(missing_ok=True)
-
-
-def lock(folder, patience=2.0):
-    """Takes a folder, which is made where it does not exist, for this process until it ends -> the file to keep open.
-
-    Raises OSError with the number of the process that has it. Removes what a killed process left half-written.
-    why lockf: a loader worker inherits a flock and keeps it when its parent is killed, but not this lock.
-    """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    file, start = open(Path(folder) / "lock", "a+"), time.time()
-    while True:
-        try:
-            if os.name == "nt":
-                import msvcrt
-                file.seek(0)
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except (BlockingIOError, PermissionError):
-            if time.time() - start > patience:     # why wait: a process that was just killed needs a moment to be gone
-                file.seek(0)
-                raise OSError(f"process {file.read() or 'unknown'} writes to {folder}: wait for its end, or name "
-                              "another --output-dir") from None
-            time.sleep(0.1)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            print(f"note: {folder} is on a file system without locks: nothing keeps other processes out of it",
-                  flush=True)
-            break
-    file.truncate(0)
-    print(os.getpid(), end="", file=file, flush=True)
-    for left in Path(folder).glob("*.tmp*"):
-        left.unlink(missing_ok=True)
-    return file
+def holds_run(folder):
+    """Whether a run stands in a folder: a last.pt, a result.json or a log.jsonl that can be read."""
+    for read in (read_checkpoint, read_result, read_log):
+        with contextlib.suppress(OSError, ValueError):
+            if read(folder):
+                return True
+    return False
 
 
 # ---- what must agree -----------------------------------------------------------------------------------------
@@ -297,14 +271,6 @@ def check_classes(run, trained, found):
         label, (then, now) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
         raise ValueError(f"{run} was trained for other classes: label {label} of {len(trained)} was {then!r}, "
                          f"in the data it is {now!r}, of {len(found)}")
-
-
-def check_csv(path):
-    """Raises ValueError for a file that --csv must not replace: a folder, or one of those that make up a run."""
-    if os.path.isdir(path):
-        raise ValueError(f"--csv {path} is a folder: name a file")
-    if any(fnmatch.fnmatch(Path(path).name, pattern) for pattern in ("last.pt", "log.jsonl", "lock", *REPORTS)):
-        raise ValueError(f"--csv {path} has the name of a file of a run: give another one")
 
 
 # ---- the pictures of a run ---------------------------------------------------------------------------------

@@ -24,20 +24,36 @@ def template_features(clip_model, class_names, template, raw=False):
 
     raw: as the tower gives them, not of unit length.
     """
-    texts = [template.format(Method.name_in_text(name)) for name in class_names]
-    chunks = [texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK)]
-    features = torch.cat([clip_model.encode_text(clip.tokenize(chunk)) for chunk in chunks])
+    tokens = template_tokens(clip_model, class_names, template)                    # (C, S)
+    features = torch.cat([clip_model.encode_text(chunk) for chunk in tokens.split(CHUNK)])
     return features if raw else unit(features)
+
+
+def template_tokens(clip_model, class_names, template):
+    """The tokens of a template with each class name: C strings -> (C, S). ValueError: a name is too long."""
+    tokens = []
+    for name in class_names:
+        text = template.format(Method.name_in_text(name))
+        try:
+            tokens.append(clip.tokenize(text, clip_model.context_length))
+        except ValueError as error:
+            raise ValueError(f"class name {name!r} does not fit with the template {template!r} into "
+                             f"{clip_model.context_length} tokens: shorten the name, or the --template that "
+                             "you gave") from error
+    return torch.cat(tokens)
 
 
 class ZeroShot(Method):
     """CLIP itself.
 
-    template: the prompt, with {} for the class name; stream: the patches of its local confidence.
+    template: the prompt, with {} for the class name; stream: the patches of its local confidence. Raises
+    ValueError for a class name that does not fit into it.
     """
 
     def __init__(self, clip_model, class_names, template="a photo of a {}.", stream="value"):
         super().__init__(clip_model, class_names)
+        # why here: what cannot work fails before long work
+        template_tokens(clip_model, class_names, template)
         self.template = template
         self.stream = stream
 

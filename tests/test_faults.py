@@ -20,7 +20,7 @@ import data
 import evaluate
 import ood
 from extras import compare, tables, visualize
-from harness import machine, runs
+from harness import machine, places, runs
 import train as script
 from conftest import copy, random_clip, read, train
 
@@ -45,7 +45,7 @@ def everything(folder):
 # ---- no number from values that are not finite ---------------------------------------------------------------
 
 def test_a_step_that_ends_in_infinity_is_not_saved(options, tmp_path):
-    assert "epoch 1: training failed, try a smaller --lr" in error_of(
+    assert "epoch 1: plan_entropy nan, row_error nan, prompt_cosine nan: try a smaller --lr" in error_of(
         train, *options, "--lr", 3e38, "--weight-decay", 1000, "--batch-size", 9, "--output-dir", tmp_path / "run")
     assert everything(tmp_path / "run") == {}
 
@@ -109,7 +109,7 @@ def child(function):
 
 
 def test_a_second_writer_is_refused_with_the_number_of_the_first(options, tmp_path):
-    with child(lambda: runs.lock(tmp_path / "run")) as number:
+    with child(lambda: places.lock(tmp_path / "run")) as number:
         assert f"process {number} writes to {tmp_path}/run" in error_of(
             train, *options, "--output-dir", tmp_path / "run")
         assert everything(tmp_path / "run") == {}
@@ -117,16 +117,16 @@ def test_a_second_writer_is_refused_with_the_number_of_the_first(options, tmp_pa
 
 
 def test_a_process_that_was_just_killed_is_waited_for(tmp_path):
-    with child(lambda: runs.lock(tmp_path)) as number:
+    with child(lambda: places.lock(tmp_path)) as number:
         start = time.time()
         threading.Timer(0.5, os.kill, (number, signal.SIGKILL)).start()
-        runs.lock(tmp_path).close()
+        places.lock(tmp_path).close()
         assert time.time() - start > 0.4
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     (tmp_path / "last.pt.tmp123").write_bytes(b"half")
-    runs.lock(tmp_path).close()
+    places.lock(tmp_path).close()
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
@@ -331,8 +331,8 @@ def test_equal_runs_are_not_averaged(trained, tmp_path):
 
 def test_a_run_that_ends_in_the_folder_meanwhile_is_not_replaced(trained, options, tmp_path, monkeypatch):
     # a second command waits for the folder, and gets it when the first one has put its run there
-    lock = runs.lock
-    monkeypatch.setattr(runs, "lock", lambda folder: (copy(trained, folder), lock(folder))[1])
+    lock = places.lock
+    monkeypatch.setattr(places, "lock", lambda folder: (copy(trained, folder), lock(folder))[1])
     assert f"{tmp_path / 'run'} holds a run already" in error_of(train, *options, "--output-dir", tmp_path / "run")
     assert read(tmp_path / "run")[0] == read(trained)[0]
 
@@ -345,11 +345,16 @@ def test_a_full_disk_names_the_file(tmp_path):
         machine.write_whole(tmp_path / "a.json", write)
 
 
-def test_a_folder_that_cannot_be_written_is_named_before_the_test(trained, monkeypatch):
-    monkeypatch.setattr(runs.os, "access", lambda folder, mode: False)
-    monkeypatch.setattr(runs, "build", None)                     # nothing is computed
-    for module in (evaluate, ood):
-        assert f"{trained} is read-only here" in error_of(command, module, trained)
+def test_a_run_that_cannot_be_written_is_read_and_its_table_goes_elsewhere(trained, pictures, tmp_path, monkeypatch,
+                                                                           capsys):
+    run = copy(trained, tmp_path / "run")
+    before = everything(run)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != str(run))
+    for module, more in ((evaluate, ()), (ood, ("--ood-root", f"sea={pictures}/train/sea"))):
+        command(module, run, *more, "--csv", tmp_path / "all.csv")
+        printed = capsys.readouterr().out
+        assert f"note: {run} is read-only here" in printed and f"wrote {tmp_path}/all.csv" in printed
+    assert everything(run) == before
 
 
 def test_a_run_that_does_not_exist_is_said_to_be_missing(tmp_path):
@@ -497,7 +502,7 @@ class Terminal(io.StringIO):
 def test_progress_is_a_line_of_rank_0_on_a_terminal(stream, rank, shown, monkeypatch):
     # each look at the clock is a second later: step i ends 2 i s after the start, so that (4 - i) * 2 s are left
     clock = itertools.count(1)
-    monkeypatch.setattr(runs.time, "time", lambda: next(clock))
+    monkeypatch.setattr(machine.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(sys, "stderr", stream())
     assert list(machine.progress(range(4), "test", rank)) == [0, 1, 2, 3]
     expected = "".join(f"\rtest {i}/4, {left} s left " for i, left in ((1, 6), (2, 4), (3, 2), (4, 0))) + "\r\033[K"

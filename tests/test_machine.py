@@ -13,7 +13,7 @@ import ood
 import train as script
 from conftest import train
 from extras import compare, linear_probe, tables, visualize
-from harness import machine, runs
+from harness import machine, places
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
              "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
@@ -180,8 +180,8 @@ def test_a_file_system_without_locks_is_noted(number, tmp_path, monkeypatch, cap
         raise OSError(number, "no")
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
-    runs.lock(tmp_path / "run").close()
+    places.lock(tmp_path / "run").close()
     assert f"note: {tmp_path}/run is on a file system without locks" in capsys.readouterr().out
     monkeypatch.setattr(fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
     with pytest.raises(OSError, match="broken"):
-        runs.lock(tmp_path / "run")
+        places.lock(tmp_path / "run")

@@ -380,14 +380,6 @@ def test_a_split_file_that_is_not_published_is_noted(options, tmp_path, monkeypa
     assert read(tmp_path / "run")[0]["split_matches_published"] is False
 
 
-def test_what_an_earlier_run_left_in_the_folder_is_not_taken_for_this_ones(options, tmp_path):
-    (tmp_path / "evaluation.json").write_text("{}")
-    (tmp_path / "log.jsonl").write_text("{}\n{}\n")
-    train(*options, "--epochs", 1, "--output-dir", tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"log.jsonl", "last.pt", "result.json", "per_class.csv", "confusion.csv", "lock"}
-    assert len(read(tmp_path)[1]) == 1
-
-
 # ---- interruption and resumption -----------------------------------------------------------------------------
 
 def stop_after(epoch, monkeypatch, *options):
@@ -496,9 +488,10 @@ def test_fewer_images_than_processes_are_refused():
 
 
 def test_a_loss_that_is_no_number_stops_the_run(options, tmp_path):
-    with pytest.raises(SystemExit, match="epoch 2: loss nan .global nan, local nan.: try a smaller --lr"):
+    # the one step of an epoch leads to prompts whose cosines are no numbers, though its own loss is one
+    with pytest.raises(SystemExit, match="epoch 1: plan_entropy nan, .*: try a smaller --lr"):
         train(*options, "--lr", 1e30, "--batch-size", 9, "--output-dir", tmp_path)
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 1 and not (tmp_path / "result.json").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"lock"}
 
 
 def test_bfloat16_stays_near_float32_and_is_used(trained, options, tmp_path):

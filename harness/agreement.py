@@ -1,0 +1,45 @@
+"""All processes of a run train the same thing, or none does."""
+
+import hashlib
+
+import torch.distributed as dist
+
+from harness import runs
+
+# Options that may be others on another machine; files are compared by what was read of them.
+MAY_DIFFER = (runs.IGNORED_WHEN_COMPARING - {"amp"}) | {"model", "start_from"}
+
+
+def facts(fingerprint, learned, epochs_done):
+    """What all processes must share, {what: value}.
+
+    fingerprint: as last.pt has it; learned: {name: tensor}.
+    """
+    tensors = hashlib.sha256()
+    for name, tensor in sorted(learned.items()):
+        tensors.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+
+    options = {f"--{name.replace('_', '-')}": value for name, value in fingerprint["config"].items()
+               if name not in MAY_DIFFER}
+    pictures = {f"{part} pictures": digest for part, digest in fingerprint["data"].items()}
+    return {**options, **pictures, "classes": fingerprint["class_names"],
+            "CLIP weights": fingerprint["clip_sha256"], "epochs done": epochs_done,
+            "learned tensors": tensors.hexdigest()}
+
+
+def check_agreement(mine):
+    """Raises ValueError, on every process, with the first of their `facts` in which processes differ."""
+    all_facts = [None] * dist.get_world_size()
+    dist.all_gather_object(all_facts, mine)
+    first, *others = all_facts
+    for rank, other in enumerate(others, 1):
+        for what in {**first, **other}:
+            if first.get(what) != other.get(what):
+                raise ValueError(f"the processes differ in {what}: {shown(first.get(what))} in process 0, "
+                                 f"{shown(other.get(what))} in process {rank}; give all the same options and data")
+
+
+def shown(value):
+    """A value in a few characters."""
+    text = str(value)
+    return text if len(text) <= 60 else text[:60] + "..."

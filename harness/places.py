@@ -1,0 +1,136 @@
+"""Where results are written: a run's folder has one writer, and what is somebody's own stays as it is."""
+
+import contextlib
+import errno
+import os
+import re
+import time
+from pathlib import Path
+
+from sources import DATASETS, folders
+
+# What a run writes: what stands only where its lock is held, and what other commands write beside it.
+LOCKED = ("last.pt", "log.jsonl", "result.json", "per_class.csv", "confusion.csv")
+BESIDE = ("ood.json", "weights.json",
+          *(f"evaluation{which}.{kind}" for which in ("", "-new", *(f"-{name}" for name in DATASETS))
+            for kind in ("json", "csv")))
+# What is made from last.pt, and goes when another run takes its place.
+REPORTS = ("result.json", "per_class.csv", "confusion.csv", *BESIDE)
+
+# What a file system without locks answers, such as some NFS and Lustre mounts.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+# ---- the folder of a run -----------------------------------------------------------------------------------
+
+def lock(folder, patience=2.0):
+    """Takes a folder, and makes it where there is none, for this process -> the file to close in the end.
+
+    Raises OSError with the number of the process that has it, and for a file `lock` of somebody's own.
+    Removes what a killed process left half-written.
+    why lockf: a loader worker inherits a flock and keeps it when its parent is killed, but not this lock.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = open(Path(folder) / "lock", "a+", errors="replace")
+    try:
+        wait_for(file, folder, patience)
+    except OSError:
+        file.close()
+        raise
+
+    file.truncate(0)
+    print(os.getpid(), end="", file=file, flush=True)
+    remove_halves(folder)
+    return file
+
+
+def wait_for(file, folder, patience):
+    """Locks a file that holds nothing, or the number of a process. Raises OSError where that one has it."""
+    file.seek(0)
+    owner = file.read(100)
+    if owner and not owner.isdecimal():
+        raise OSError(f"{file.name} is no file of this program and would be replaced: name another --output-dir")
+
+    start = time.monotonic()
+    while True:
+        try:
+            return lock_file(file)
+        except (BlockingIOError, PermissionError):
+            # why wait: a process that was just killed needs a moment to be gone
+            if time.monotonic() - start > patience:
+                raise OSError(f"process {owner or 'unknown'} writes to {folder}: wait for its end, or name "
+                              "another --output-dir") from None
+            time.sleep(0.1)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(f"note: {folder} is on a file system without locks: nothing keeps other processes out "
+                  "of it", flush=True)
+            return None
+
+
+def lock_file(file):
+    """Locks an open file. Raises BlockingIOError or PermissionError where another process has it."""
+    if os.name == "nt":
+        import msvcrt
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def remove_halves(folder):
+    """Removes what a killed process left half-written, see `machine.write_whole`.
+
+    why only files that need the lock: another command may be writing one of the others just now.
+    """
+    for name in LOCKED:
+        for path in Path(folder).glob(f"{name}.tmp*"):
+            if re.fullmatch(r"\.tmp\d+", path.suffix):
+                path.unlink(missing_ok=True)
+
+
+def remove(folder, names=REPORTS):
+    """Removes what an earlier run left in its folder."""
+    for name in names:
+        (Path(folder) / name).unlink(missing_ok=True)
+
+
+def check_apart(folder, root):
+    """Raises ValueError for a folder of results among class folders of one's own pictures.
+
+    why: the next command would take it for a class.
+    """
+    real = Path(os.path.realpath(folder))
+    for part in folders.layout(root).values():
+        if real.is_relative_to(os.path.realpath(part)):
+            raise ValueError(f"{folder} lies in {part}, whose folders are classes: name an --output-dir "
+                             "elsewhere")
+
+
+# ---- any file or folder that an option names ---------------------------------------------------------------
+
+def check_file(path, option):
+    """Raises ValueError or OSError for a file that cannot be written, or belongs to a run. Makes its folder.
+
+    why before the work: else it would show when all is done.
+    """
+    if os.path.isdir(path) or str(path).endswith("/"):
+        raise ValueError(f"{option} {path} is a folder: name a file")
+    if {Path(path).name, Path(os.path.realpath(path)).name} & {"lock", *LOCKED, *BESIDE}:
+        raise ValueError(f"{option} {path} has the name of a file of a run: give another one")
+    if not os.path.exists(path):
+        check_folder(Path(os.path.realpath(path)).parent, option)
+    elif not os.access(path, os.W_OK):
+        raise OSError(f"{option} {path} is read-only: name another file")
+    elif os.path.isfile(path):                             # why: pipes and devices are not replaced
+        check_folder(Path(os.path.realpath(path)).parent, option)
+
+
+def check_folder(folder, option):
+    """Makes a folder. Raises OSError, with the option that names another, where it cannot be written to."""
+    with contextlib.suppress(FileExistsError):             # why: of a file, which the next line refuses
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+        raise OSError(f"nothing can be written into {folder}: name another place by {option}")
