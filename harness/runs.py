@@ -8,7 +8,7 @@
     evaluation.json, evaluation.csv    the same numbers from evaluate.py; with -new or -DATASET for other classes
     ood.json       the table of ood.py
     weights.json   accuracies for several weights of the local branch, from extras/compare.py --ablations
-    pictures/      what extras/visualize.py drew
+    pictures/      what extras/visualize.py drew, and the page of extras/explore.py
 
 Read it from `load_run` (from a folder to a model) through the checks to the pictures of a run.
 """
