@@ -85,7 +85,10 @@ def main(args):
         # why again: another process had the folder till now
         runs.check_free(folder, config, overwrite=args.overwrite)
         train_features, val_features = (image_features(clip_model, items, args) for items in (train, val))
+        print(f"{len(train)} training images; the weight of the penalty is chosen on {len(val)} validation images, by "
+              "23 fits", flush=True)
         c = search(*train_features, *val_features)
+        print(f"chosen: errors count {c:.3g} times the penalty; the test follows", flush=True)
         model = LinearProbe(clip_model, class_names, *fit(*train_features, c, len(class_names)))
         counts = evaluate.test(model, test, args.dataset, workers=args.workers)
         if runs.holds_run(folder):

@@ -30,7 +30,7 @@ from harness import machine, runs
 from harness.parser import Parser
 from clip.loader import MEAN, STD
 from methods.variants import IndependentTopK
-from sotglp import SOTGLP, check_support, saliency, sparse_transport
+from sotglp import SOTGLP, check_support, mean_of_pairs, saliency, sparse_transport
 
 WIDE, SMALL, GAP = 448, 336, 16        # sides of the panels in pixels: three wide or four small ones fill a row,
 WIDTH = 4 * SMALL + 3 * GAP            # which has this width
@@ -131,11 +131,17 @@ def bar(share):
 
 
 def chart(curves):
-    """Curves {(letter, colour): [(epoch, value)]} on axes that contain 0; the letters serve print without colours."""
+    """Curves {(letter, colour): [(epoch, value)]}; the letters serve print without colours.
+
+    The axis contains 0 unless the values, such as some between 0.96 and 1, would then be a flat line.
+    """
     panel = Image.new("RGB", (2 * WIDE, 500), PAPER)           # why twice the size: reduced, the lines are smooth
     draw, left, top, right, bottom = ImageDraw.Draw(panel), 124, 20, 2 * WIDE - 24, 440
     epochs, values = zip(*(point for points in curves.values() for point in points))
-    last, ticks = max(epochs), axis(min(0, *values), max(0, *values))
+    low, high = min(values), max(values)
+    if not 0 < high - low < 0.2 * max(abs(low), abs(high)):
+        low, high = min(0, low), max(0, high)
+    last, ticks = max(epochs), axis(low, high)
 
     def at(epoch, value):
         up = (value - ticks[0]) / (ticks[-1] - ticks[0])
@@ -206,6 +212,7 @@ class Look(NamedTuple):
     similarity: torch.Tensor             # (P, L): cosines of the patches with its prompts
     support: torch.Tensor = None         # (K,): the patches kept, the most salient one first
     plan: torch.Tensor = None            # (K, L), rows in this order
+    prompt_cosine: float = None          # of two prompts of the class, the mean over pairs
 
 
 @torch.no_grad()
@@ -216,11 +223,12 @@ def look(model, images, text_features, label=None):
     if label is None:
         label = int(model.logits(outputs)[0].argmax())
     similarity = patch_cosines(model, images, text_features, label)                # (P, L)
+    alike = cosine_of_prompts(text_features, label)
     if not model.has_plan and not shares_support(model):
-        return Look(probabilities, label, similarity)
+        return Look(probabilities, label, similarity, prompt_cosine=alike)
     n_support = getattr(model, "n_support", len(similarity))
     support, plan = transport(similarity, n_support, model.epsilon, model.n_iters) # (K,), (K, L)
-    return Look(probabilities, label, similarity, support, plan if model.has_plan else None)
+    return Look(probabilities, label, similarity, support, plan if model.has_plan else None, alike)
 
 
 def shares_support(model):
@@ -244,6 +252,17 @@ def patch_cosines(model, images, text_features, label):
     return None if cosines[0] is None else torch.cat(cosines, dim=2)[0]
 
 
+def cosine_of_prompts(text_features, label):
+    """The cosine of two prompts of a class that patches are compared with, mean over pairs; None where it has one."""
+    if text_features is None:
+        return None
+    prompts = text_features[-1] if isinstance(text_features, tuple) else text_features
+    if prompts.dim() < 3 or prompts.shape[1] < 2:
+        return None
+    prompts = prompts[[label]]                                                     # (1, L, D)
+    return mean_of_pairs(prompts @ prompts.mT).item()
+
+
 def transport(similarity, n_support, epsilon=0.1, n_iters=20):
     """The support, the most salient patch first, and its plan: (P, L) -> patches (K,), plan (K, L).  Eq. 8-9"""
     kept, plan, patches = (part[0, 0] for part in sparse_transport(similarity[None, None], n_support, epsilon, n_iters))
@@ -261,7 +280,7 @@ def figure_2(model, text_features, image, name, truth=None, label=None):
         bounds = seen.similarity.min().item(), seen.similarity.max().item()
         maps = [stack(prompt_maps(picture, seen.similarity, bounds, SMALL), 4), scale_bar(HEAT, *bounds),
                 text_panel("cosine of a patch and a prompt, in the same colours in all maps; framed: the three best "
-                           "patches of each prompt", fill=FAINT)]
+                           f"patches of each prompt{told_of_prompts(seen.prompt_cosine)}", fill=FAINT)]
     if seen.support is not None:
         support = heat_map(picture, saliency(seen.similarity), bounds, WIDE, seen.support)
         top.append(titled(support, "the support", f"mean cosine over the prompts (Eq. 7); framed: the "
@@ -271,6 +290,14 @@ def figure_2(model, text_features, image, name, truth=None, label=None):
                           f"in units of the uniform plan, 1 / {seen.plan.numel()} (Eq. 9)"))
     return sheet(f"{name}, with the prompts of \"{model.class_names[seen.label]}\"",
                  [stack(top, 3, (WIDTH - 3 * WIDE) // 2), *maps, bars(seen, model.class_names, truth)])
+
+
+def told_of_prompts(cosine):
+    """What the caption of the maps says of prompts that are nearly alike, so that equal maps do not look like a fault."""
+    if cosine is None:
+        return ""
+    alike = "; they are nearly alike, and so are their maps" if cosine > 0.9 else ""
+    return f". Two prompts have the cosine {cosine:.2f}{alike}"
 
 
 def prompt_maps(picture, similarity, bounds, side):

@@ -222,6 +222,24 @@ def test_axes_have_round_numbers(low, high, ticks):
     assert visualize.axis(low, high) == pytest.approx(ticks)
 
 
+@pytest.mark.parametrize("values, first", [((0.96, 1.0), 0.96), ((2.5, 1.8), 0.0), ((-0.1, -0.102), -0.102),
+                                           ((0.3, 0.3), 0.0)])
+def test_the_axis_shows_a_quantity_that_hardly_moves(values, first, monkeypatch):
+    seen, axis = [], visualize.axis
+    monkeypatch.setattr(visualize, "axis", lambda low, high: seen.append(low) or axis(low, high))
+    visualize.chart({("A", (0, 0, 0)): [*enumerate(values, 1)]})
+    assert seen == [first]
+
+
+def test_prompts_that_are_nearly_alike_are_said_to_be():
+    # unit vectors at cosines 0.6, 0.8 * 0.6 + 0.6 * 0.8 = 0.96 and 0.8: mean 2.36 / 3 = 0.787
+    prompts = torch.tensor([[[1, 0], [0.6, 0.8], [0.8, 0.6]], [[0, 1.0], [0, 1], [0, 1]]])
+    assert visualize.cosine_of_prompts((None, prompts), 0) == pytest.approx(2.36 / 3)
+    assert visualize.told_of_prompts(0.787) == ". Two prompts have the cosine 0.79"
+    assert "1.00; they are nearly alike" in visualize.told_of_prompts(visualize.cosine_of_prompts(prompts, 1))
+    assert visualize.cosine_of_prompts(prompts[:, :1], 0) is visualize.cosine_of_prompts(prompts[:, 0], 0) is None
+
+
 def test_an_axis_of_zeros_has_a_length():
     assert visualize.axis(0, 0)[-1] >= 1
 
