@@ -121,6 +121,8 @@ def test_both_towers_see_the_prompts_block_by_block(model):
     image = unit(model.clip.encode_image(batch, prompts))
     (found,) = model(batch)
     torch.testing.assert_close(found, model.scale * image @ text.T, atol=1e-4, rtol=1e-4)
+    (found,) = model(batch, None, torch.eye(3, 32))                                # other texts, which are given
+    torch.testing.assert_close(found, model.scale * image[:, :3], atol=1e-4, rtol=1e-4)
     cosines, patch_cosines = model.cosines(batch, model.encode_prompts())
     torch.testing.assert_close(cosines, image @ text.T, atol=1e-5, rtol=1e-4)
     assert patch_cosines is None

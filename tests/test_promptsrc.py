@@ -45,8 +45,8 @@ def test_the_terms_by_hand():
     assert loss == pytest.approx(math.log(2) + .6 + .25 + .065406, abs=1e-5)
 
 
-def random_batch(n=5, n_classes=4, dtype=torch.float64):
-    features = [unit(torch.randn(count, 8, dtype=dtype)) for count in (n, n_classes, n, n_classes)]
+def random_batch(n=5, n_classes=4):
+    features = [unit(torch.randn(count, 8, dtype=torch.float64)) for count in (n, n_classes, n, n_classes)]
     return *features, torch.randint(n_classes, (n,)), 20.0
 
 
@@ -69,11 +69,12 @@ def test_nothing_but_the_cross_entropy_is_left_where_the_prompts_change_nothing(
 
 
 def test_the_loss_is_float32_under_autocast():
-    batch = random_batch(dtype=torch.bfloat16)
+    *features, labels, scale = random_batch()
+    half = [feature.bfloat16() for feature in features]
     with torch.autocast("cpu", torch.bfloat16):
-        found = promptsrc.objective(*batch)
-    assert found.dtype == torch.float32
-    assert found == promptsrc.objective(*(part.float() for part in batch[:4]), *batch[4:])
+        found = promptsrc.terms(*half, labels, scale)
+    expected = promptsrc.terms(*(feature.float() for feature in half), labels, scale)
+    assert all(found[name].dtype == torch.float32 and found[name] == expected[name] for name in expected)
 
 
 # ---- the average over the epochs ---------------------------------------------------------------------------
