@@ -45,11 +45,13 @@ ROWS = {"zero_shot": ("zero-shot CLIP", None, "CLIP"), "linear_probe": ("linear 
         "coop": ("CoOp", ["--method", "coop"], "CoOp"),
         "coop_class_specific": ("CoOp, a context per class", ["--method", "coop", "--class-specific"], ""),
         "plot": ("PLOT on patches", ["--method", "plot"], ""),     # why none: Table 1's PLOT is PLOT++
-        "locoop": ("LoCoOp", ["--method", "locoop"], "LoCoOp"), "gallop": ("GalLoP", ["--method", "gallop"], "GalLoP"),
+        "proda": ("ProDA", ["--method", "proda"], "ProDA"), "locoop": ("LoCoOp", ["--method", "locoop"], "LoCoOp"),
+        "lsn": ("LSN", ["--method", "lsn"], ""), "gallop": ("GalLoP", ["--method", "gallop"], "GalLoP"),
         "sotglp": ("SOT-GLP", ["--method", "sotglp"], "SOT-GLP")}
 # The rows that take long, trained where --methods names them, or all.
 SLOW = {"cocoop": ("CoCoOp", ["--method", "cocoop"], "CoCoOp"), "maple": ("MaPLe", ["--method", "maple"], "MaPLe"),
-        "promptsrc": ("PromptSRC", ["--method", "promptsrc"], "PromptSRC")}
+        "promptsrc": ("PromptSRC", ["--method", "promptsrc"], "PromptSRC"),
+        "plotpp": ("PLOT++, stage 2", ["--method", "plotpp"], "PLOT")}
 # The rows of --classes base.
 BASE_ROWS = {"zero_shot": ROWS["zero_shot"], "coop": ROWS["coop"],
              "ivlp": ("IVLP", ["--method", "promptot", "--lambda-transport", "0"], ""),
@@ -89,7 +91,8 @@ class Job(NamedTuple):
     shots: int
     seed: int
     folder: Path
-    commands: dict        # {file that it writes: command}, in this order: the run, then what is measured of it
+    commands: dict        # {file that it writes: command}, in this order: the run, then what is measured of it;
+                          # before it, the run that it starts from
     options: argparse.Namespace    # those of the run
 
     def __str__(self):
@@ -130,7 +133,13 @@ def make_job(args, row, dataset, shots, seed, measure_ood):
         which = [*args.rows[row][1], *which, "--classes", args.classes, *args.more]
         wanted = train.parse_args(which)
     folder = Path(args.output_dir, Path(wanted.output_dir).name)
-    commands = {"result.json": [*script, *which, "--output-dir", str(folder)]}
+    commands = {}
+    if row == "plotpp":     # differs: published, stage 2 of all seeds starts from stage 1 of the first
+        first = folder.with_name(f"{folder.name}-stage1")
+        commands[str(first / "result.json")] = [*script, *which, "--stage", "1", "--output-dir", str(first), "--resume"]
+        which += ["--start-from", str(first)]
+        wanted = train.parse_args(which)
+    commands["result.json"] = [*script, *which, "--output-dir", str(folder)]
     if row != "linear_probe":
         commands["result.json"].append("--resume")
     if measure_ood and row != "linear_probe":
@@ -282,12 +291,15 @@ def print_table(args, table):
         printed = published.get(dataset, {}) if (model, shots) == ("ViT-B/16", 16) else {}
         print(f"\n{dataset}, {shots} shots, model {model}, seeds {' '.join(map(str, args.seeds))}: mean +- standard "
               "deviation; AUROC is the mean over the OOD sets")
-        heads = ("accuracy", "AUROC, MCM", "AUROC, L-MCM", "AUROC, GL-MCM", "s/epoch", "parameters")
-        heads += ("the paper's",) if printed else ()
+        columns = {"accuracy": "accuracy", "mcm": "AUROC, MCM", "l_mcm": "AUROC, L-MCM", "gl_mcm": "AUROC, GL-MCM",
+                   "own": "AUROC, own", "s/epoch": "s/epoch"}
+        if not any("own" in values for values in rows.values()):       # few methods have a score of their own
+            del columns["own"]
+        heads = [*columns.values(), "parameters"]
+        heads += ["the paper's"] if printed else []
         print(f"{'':26s}" + "".join(f"{head:>16s}" for head in heads))
         for row, values in rows.items():
-            cells = [evaluate.mean_and_spread(values.get(column, []))
-                     for column in ("accuracy", "mcm", "l_mcm", "gl_mcm", "s/epoch")]
+            cells = [evaluate.mean_and_spread(values.get(column, [])) for column in columns]
             cells.append(f"{values['parameters'][0]:,}" if values else "")
             cells += [printed.get(args.rows[row][2], "")] if printed else []
             print(f"{args.rows[row][0]:26s}" + "".join(f"{cell:>16}" for cell in cells))

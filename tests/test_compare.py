@@ -51,6 +51,7 @@ def started(monkeypatch):
             stdout.write("Traceback\nerror: no such luck\n")
             return subprocess.CompletedProcess(command, 1)
         folder = Path(args.output_dir)
+        folder.mkdir(exist_ok=True)
         (folder / "log.jsonl").write_text("".join(json.dumps({"seconds": s}) + "\n" for s in (9, 1, 2)))
         (folder / "result.json").write_text(json.dumps({
             **{key: config[key] for key in ("dataset", "model", "shots", "seed", "split_seed")}, "config": config,
@@ -91,6 +92,27 @@ def test_what_is_missing_runs_once_and_the_table_has_its_means(started, tmp_path
     assert [name for name, *_ in started] == ["ood.py"]
     saved = json.loads((tmp_path / "compare.json").read_text())
     assert saved[0]["row"] == "coop" and saved[0]["accuracy"] == [80, 90, 85]
+
+
+def test_the_second_stage_of_plotpp_starts_from_a_first_one(started, tmp_path, monkeypatch):
+    monkeypatch.setitem(ACCURACY, ("plotpp", 2), 50.0)
+    run(tmp_path, "--methods", "plotpp", "--seeds", "2", "--epochs", "7")
+    (_, *first), (_, *second) = [command for command in started if command[0] == "train.py"]
+    first, second = script.parse_args(first), script.parse_args(second)
+    assert (first.stage, first.seed, first.epochs, first.start_from) == (1, 2, 7, None)
+    assert (second.stage, second.seed, second.epochs, second.start_from) == (2, 2, 7, first.output_dir)
+    assert second.output_dir == f"{tmp_path}/plotpp-critters-16shot-epochs7-seed2" and first.resume
+    started.clear()
+    run(tmp_path, "--methods", "plotpp", "--seeds", "2", "--epochs", "7")
+    assert started == []
+
+
+def test_a_score_of_a_methods_own_has_a_column(started, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(ACCURACY, ("lsn", 1), 50.0)
+    monkeypatch.setitem(AUROC, "own", 12.5)
+    run(tmp_path, "--methods", "lsn", "--seeds", "1")
+    heads, row = [line for line in capsys.readouterr().out.splitlines() if "AUROC, own" in line or line[:4] == "LSN "]
+    assert heads.split("AUROC, ")[-1].split() == ["own", "s/epoch", "parameters"] and row.split()[-3:-1] == ["12.50", "2.00"]
 
 
 def test_base_to_new_has_the_mean_of_each_half_and_the_harmonic_mean_of_the_two(started, tmp_path, capsys):
