@@ -16,13 +16,13 @@ import zlib
 
 import clip  # before torch: it bounds how long torch's threads wait; else only `preprocess` is used of it
 
-import numpy
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from harness.parser import Parser
 from sources import DATASETS, choose_classes, critters, files, folders, read_lists, split_matches_published
+from sources.seen import as_seen
 
 TEST_BATCH = 32      # why no more: the activations of a larger batch leave a processor's cache
 
@@ -161,28 +161,12 @@ def read_image(path, as_people_see=False):
     if critters.is_path(path):
         return critters.read(path)
     try:
-        with Image.open(path) as image:
+        # why not Image.open(path): of a file that it opens itself, Pillow mixes up the rows of some turned TIFFs
+        with open(path, "rb") as file, Image.open(file) as image:
             image.load()
             return as_seen(image) if as_people_see else image
     except Exception as error:   # why: Pillow raises OSError, SyntaxError, ValueError and its own, by format
         raise ValueError(f"cannot read picture {path}: {type(error).__name__}: {error}") from error
-
-
-def as_seen(image):
-    """A PIL image as people see it, in RGB: upright, of 8 bits, with white where it is transparent.
-
-    why not for the published datasets: their numbers belong to CLIP's own preprocessing, which does none of this.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":    # grey of 16 or 32 bits, which Pillow would cut off at 255
-        values = numpy.asarray(image).astype(numpy.float64)
-        # why: 16 bits have a white of their own, 32 bits have none, so the picture's brightest value serves
-        low, high = (0, 65535) if image.mode.startswith("I;16") else (values.min(), values.max())
-        image = Image.fromarray(((values - low) / ((high - low) or 1) * 255).round().astype(numpy.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 # ---- from pictures to tensors --------------------------------------------------------------------------------
@@ -194,6 +178,14 @@ def train_transform(preprocess):
     crop = transforms.RandomResizedCrop(centre_crop.size, scale=(0.08, 1),
                                         interpolation=transforms.InterpolationMode.BICUBIC)
     return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *tail])
+
+
+def to_tensor(image, transform, name):
+    """transform(image). Raises ValueError, with the picture's name, where the memory does not suffice."""
+    try:
+        return transform(image)
+    except MemoryError as error:     # which has no words of its own
+        raise ValueError(f"out of memory at picture {name} of {image.width} x {image.height} pixels") from error
 
 
 class Pictures(Dataset):
@@ -217,11 +209,11 @@ class Pictures(Dataset):
         path, label, _ = self.items[i]
         image = read_image(path, self.as_people_see)
         if self.seed is None:
-            return self.transform(image), label
+            return to_tensor(image, self.transform, path), label
         with torch.random.fork_rng(devices=[]):
             # why not torch.manual_seed: it seeds CUDA too, which fork_rng(devices=[]) does not restore
             torch.default_generator.manual_seed(_mix(self.seed, epoch, i))
-            return self.transform(image), label
+            return to_tensor(image, self.transform, path), label
 
     def collate(self, samples):
         """Samples -> images (n, 3, R, R), labels (n,); n is 0 where a small last batch has no image for this rank."""

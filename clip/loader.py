@@ -17,6 +17,7 @@ from urllib.request import urlopen
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from .model import Block
 from .weights import build_model, read_state_dict
@@ -27,6 +28,7 @@ PUBLISHED = {  # as in OpenAI's package openai-clip 1.0.1: the last folder is th
     "ViT-B/32": f"{ADDRESS}/40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
     "ViT-L/14": f"{ADDRESS}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
 }
+EXTREME = 50                                       # a longer side that is so many times the shorter one
 DOWNLOAD_LIMIT = 2**30                             # bytes; the largest of the three has 890 MiB
 ACTIVATIONS = {"quickgelu": None, "gelu": torch.nn.GELU}    # None: the one that is built in, OpenAI's
 TINY = Path(__file__).with_name("tiny.pt.gz")
@@ -95,8 +97,27 @@ def preprocess(resolution):
     """CLIP's test transform: a PIL image -> (3, resolution, resolution) float32, normalised."""
     # why here: it takes as long as torch itself, and --help or a wrong option should not wait for it
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
-    return Compose([Resize(resolution, InterpolationMode.BICUBIC), CenterCrop(resolution), to_rgb, ToTensor(),
-                    Normalize(MEAN, STD)])
+    resize = ResizeForCrop(Resize(resolution, InterpolationMode.BICUBIC))
+    return Compose([resize, CenterCrop(resolution), to_rgb, ToTensor(), Normalize(MEAN, STD)])
+
+
+class ResizeForCrop:
+    """CLIP's resize of the shorter side; of a picture of extreme shape only of the middle, from which CenterCrop cuts.
+
+    why: 5000 x 1 pixels would become 1120000 x 224 first, 750 MB. What CenterCrop keeps is the same.
+    """
+
+    def __init__(self, resize):
+        self.resize = resize                     # torchvision's
+
+    def __call__(self, image):
+        short, long = sorted(image.size)
+        if long > EXTREME * short:
+            # why whole squares, as many at both ends: pixels of the resized middle stay where they are
+            cut = (long // short - EXTREME) // 2 * short
+            x, y = (cut, 0) if image.width == long else (0, cut)
+            image = image.crop((x, y, image.width - x, image.height - y))
+        return self.resize(image)
 
 
 def to_rgb(image):

@@ -81,8 +81,8 @@ def read_as_tensor(picture, transform):
     """A path or a PIL image as a tensor (3, R, R), or as the ValueError that says why it cannot be read."""
     try:
         if isinstance(picture, Image.Image):
-            return transform(data.as_seen(picture))
-        return transform(data.read_image(os.fspath(picture), as_people_see=True))
+            return data.to_tensor(data.as_seen(picture), transform, picture)
+        return data.to_tensor(data.read_image(os.fspath(picture), as_people_see=True), transform, picture)
     except ValueError as error:
         return error
 

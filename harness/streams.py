@@ -96,7 +96,7 @@ def in_words(error):
     if "in DataLoader worker process" in lines[0]:
         lines = [lines[-1].removeprefix(f"{type(error).__name__}: ")]
     elif not isinstance(error, RuntimeError) and getattr(error, "errno", None) != errno.ENOSPC:
-        return str(error)
+        return str(error) or type(error).__name__
 
     if is_memory(error):
         return f"out of memory: {lines[0]}"

@@ -8,11 +8,12 @@ import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
-# What Pillow reads by itself. why not EPS, WMF, HDF5 and the like: it needs other programs for them.
+# What Pillow reads by itself. why not EPS, WMF, HDF5 and the like: it needs other programs for them; nor FITS: it
+# leaves out their scale.
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".avifs", ".gif",
             ".tif", ".tiff", ".bmp", ".dib", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx",
             ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".icb", ".vda", ".vst", ".sgi", ".rgb", ".rgba", ".bw",
-            ".psd", ".qoi", ".dds", ".pcx", ".dcx", ".pcd", ".fit", ".fits", ".ico", ".icns", ".cur", ".im", ".msp",
+            ".psd", ".qoi", ".dds", ".pcx", ".dcx", ".pcd", ".ico", ".icns", ".cur", ".im", ".msp",
             ".ras", ".pxr", ".xbm", ".xpm", ".blp", ".ftc", ".ftu", ".fli", ".flc", ".gbr")
 
 # Folders and files that nobody put there as pictures: why they are there, and their names in lower case.
@@ -126,8 +127,7 @@ def class_folders(folder):
     for name, (pictures, others, _) in found.items():
         if not pictures:
             there = f" ({kinds(others)})" if others else ""
-            raise FileNotFoundError(f"there is no picture in {folder}/{name}{there}: put some there, or remove the "
-                                    "folder")
+            raise FileNotFoundError(f"there is no picture in {folder}/{name}{there}")
         check_spellings(f"{folder}/{name}", pictures)
     return {name: listing.pictures for name, listing in found.items()}
 

@@ -191,7 +191,8 @@ or:
   /root/imagenet/{{train,val}}/<wnid>/*.JPEG
 the pictures: {files.BY_HAND["imagenet"]}
 the list: python data.py --dataset imagenet --data-root /root --download"""),
-    ("folder", "expected:\n  /root/{train,val,test}/<class>/*.jpg (val or test may be absent)   or only <class>/*.jpg"),
+    ("folder", "expected:\n  /root/{train,val,test}/<class>/*.jpg (val or test may be absent)   or only <class>/*.jpg   "
+               "(remove the folder of a class without pictures)"),
 ])
 def test_the_tree_that_is_expected(name, lines):
     assert tree(name, "/root") == lines
