@@ -231,121 +231,170 @@ def test_options_that_make_no_sense_are_refused(options):
 
 # ---- in a browser
 
+class Browser:
+    """Chromium as its driver offers it over HTTP, with the few things that a reader does."""
+
+    def __init__(self, port, chromium):
+        self.address = f"http://127.0.0.1:{port}/session"
+        arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        wanted = {"goog:chromeOptions": {"args": arguments, "binary": chromium},
+                  "goog:loggingPrefs": {"browser": "ALL"}}
+        self.address += "/" + self.ask("", capabilities={"alwaysMatch": wanted})["sessionId"]
+
+    def ask(self, path, method="POST", **fields):
+        request = urllib.request.Request(self.address + path, json.dumps(fields).encode(), method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)["value"]
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(json.load(error)["value"]["message"].splitlines()[0]) from None
+
+    def open(self, file, text):
+        """Opens a page as a file, as wide as a telephone."""
+        size = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
+        self.ask("/goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride", params=size)
+        file.write_text(text, encoding="utf-8")
+        self.ask("/url", url=file.as_uri())
+
+    def js(self, code):
+        return self.ask("/execute/sync", script=f"return {code}", args=[])
+
+    def shown(self, selector):
+        """The text of the first element of this kind."""
+        return self.js(f"document.querySelector({selector!r}).textContent").strip().replace("\u202f", " ")
+
+    def element(self, selector):
+        reference = self.ask("/element", using="css selector", value=selector)
+        return "/element/" + next(iter(reference.values()))
+
+    def click(self, selector):
+        self.js(f"document.querySelector({selector!r}).scrollIntoView({{block: 'center'}})")
+        self.ask(self.element(selector) + "/click")
+
+    def press(self, selector, keys):
+        self.ask(self.element(selector) + "/value", text=keys)
+
+    def errors(self):
+        return self.ask("/se/log", type="browser")
+
+
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium, driven over HTTP: browser(method, path, **fields) -> the value of its driver's answer."""
     driver, chromium = shutil.which("chromedriver"), shutil.which("chromium") or shutil.which("google-chrome")
     if not driver or not chromium:
         pytest.skip("no chromedriver, or no Chromium, here")
     process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True)
     try:
         started = (re.search(r"successfully on port (\d+)", line) for line in process.stdout)
-        port = next(match[1] for match in started if match)
-
-        def ask(method, path, **fields):
-            body = json.dumps(fields).encode() if method == "POST" else None
-            request = urllib.request.Request(f"http://127.0.0.1:{port}/session{path}", body, method=method)
-            try:
-                with urllib.request.urlopen(request, timeout=60) as answer:
-                    return json.load(answer)["value"]
-            except urllib.error.HTTPError as error:
-                raise RuntimeError(json.load(error)["value"]["message"].splitlines()[0]) from None
-
-        arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        wanted = {"goog:chromeOptions": {"args": arguments, "binary": chromium},
-                  "goog:loggingPrefs": {"browser": "ALL"}}
-        session = "/" + ask("POST", "", capabilities={"alwaysMatch": wanted})["sessionId"]
-        yield lambda method, path, **fields: ask(method, session + path, **fields)
-        ask("DELETE", session)
+        one = Browser(next(match[1] for match in started if match), chromium)
+        yield one
+        one.ask("", "DELETE")
     finally:
         process.terminate()
         process.communicate()
 
 
-def test_a_reader_moves_everything_in_a_browser(browser, tmp_path):
+@pytest.fixture
+def opened(browser, tmp_path):
+    """A page in the browser -> browser, numbers of the first picture, its likeliest class, that one's plan."""
     model = SOTGLP(random_clip(), NAMES, n_support=5, epsilon=0.02).eval()
     text, data, images = page_of(model)
-    (tmp_path / "page.html").write_text(text, encoding="utf-8")
-
-    def js(code):
-        return browser("POST", "/execute/sync", script=f"return {code}", args=[])
-
-    def element(selector):
-        return [*browser("POST", "/element", using="css selector", value=selector).values()][0]
-
-    def click(selector):
-        js(f"document.querySelector({selector!r}).scrollIntoView({{block: 'center'}})")
-        browser("POST", f"/element/{element(selector)}/click")
-
-    def press(selector, keys):
-        browser("POST", f"/element/{element(selector)}/value", text=keys)
-
-    def shown(selector):
-        return js(f"document.querySelector({selector!r}).textContent").strip().replace("\u202f", " ")
-
-    browser("POST", "/goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride",
-            params={"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True})
-    browser("POST", "/url", url=(tmp_path / "page.html").as_uri())
-    outside = "[...document.querySelectorAll('body *')].filter((part) => !part.closest('.scroll table')" \
-        " && part.getBoundingClientRect().right > 360).map((part) => part.outerHTML.slice(0, 99))"
-    assert js("innerWidth") == 360 and js("document.documentElement.scrollWidth") <= 360 and js(outside) == []
-
-    # at the settings of the run: its own numbers, and names as text
+    browser.open(tmp_path / "page.html", text)
     picture = data["pictures"][0]
     label = picture["labels"][0]
+    plan = visualize.look(model, images[:1], model.encode_prompts(), label).plan
+    yield browser, picture, label, plan
+    assert browser.errors() == []
+
+
+def test_the_page_shows_the_runs_own_numbers_and_names_as_text(opened):
+    browser, picture, label, plan = opened
     final = f"{picture['global'][label] + 0.25 * picture['local'][label]:.2f}"
-    assert shown("#decision td:nth-child(4)").startswith(final)
-    assert shown("#local td:last-child") == f"{picture['local'][label]:.2f}"
-    seen = visualize.look(model, images[:1], model.encode_prompts(), label)
-    assert shown("#transport td:nth-child(6)") == f"{100 * seen.plan[0, 0]:.2f}"
-    names = js("[...document.querySelectorAll('#local th.class')].map((part) => part.textContent)")
+    assert browser.shown("#decision td:nth-child(4)").startswith(final)
+    assert browser.shown("#local td:last-child") == f"{picture['local'][label]:.2f}"
+    assert browser.shown("#transport td:nth-child(6)") == f"{100 * plan[0, 0]:.2f}"
+    names = browser.js("[...document.querySelectorAll('#local th.class')].map((part) => part.textContent)")
     assert names == [f"{NAMES[6]} (true)" if label == 6 else NAMES[label] for label in picture["labels"]]
-    assert js("window.harm === undefined")
+    assert browser.js("window.harm === undefined")
 
-    # each slider, by keyboard, and what it moves
-    press("[name=lambda]", HOME)
-    assert shown("#decision td:nth-child(4)") == shown("#decision td:nth-child(2)")
-    press("[name=K]", END)
-    assert js("document.querySelectorAll('#transport tbody tr').length") == 16 + 1
-    press("[name=K]", HOME)
-    assert "among these 6 classes" in shown("#among") and shown("#transport td:nth-child(6)") == "25.00"
-    click("#reset")
-    press("[name=epsilon]", END)
-    assert shown("#facts").startswith("Entropy 1.000")
-    press("[name=epsilon]", HOME)
-    press("[name=iterations]", HOME)
-    assert " 0.00 % in rows" not in shown("#facts") and " 0.00 % in columns" in shown("#facts")
 
-    # kinds of plan; one half-step at a time
-    click("label:has([value=converged])")
-    assert " 0.00 % in rows, 0.00 % in columns" in shown("#facts")
-    click("label:has([value=uniform])")
-    assert shown("#transport td:nth-child(7)") == "5.00"           # 100 % / (5 patches * 4 prompts)
-    click("label:has([value=steps])")
-    click("#step")
-    assert " 0.00 % in rows" in shown("#facts") and " 0.00 % in columns" not in shown("#facts")
-    click("#step")
-    assert " 0.00 % in rows" not in shown("#facts") and " 0.00 % in columns" in shown("#facts")
+def test_nothing_lies_outside_of_a_narrow_viewport(opened):
+    browser, *_ = opened
+    outside = "[...document.querySelectorAll('body *')].filter((part) => !part.closest('.scroll table')" \
+        " && part.getBoundingClientRect().right > 360).map((part) => part.outerHTML.slice(0, 99))"
+    assert browser.js("innerWidth") == 360 and browser.js(outside) == []
+    assert browser.js("document.documentElement.scrollWidth") == 360
 
-    # patch, prompt, class and picture; the address brings a view back
-    press("#map", RIGHT + RIGHT + DOWN)
-    js("light()")                                        # what is chosen, wherever the mouse happens to rest
-    assert shown("#reading").startswith("Row 2, column 2: ")
-    click("#each button:nth-child(2)")
-    assert js("document.querySelectorAll('th.lit').length") == 2
-    click("#classes label:nth-of-type(2)")
-    assert shown("#local tr.chosen th").startswith(NAMES[picture["labels"][1]])
+
+def test_each_slider_moves_its_equation(opened):
+    browser, *_ = opened
+    browser.press("[name=lambda]", HOME)
+    assert browser.shown("#decision td:nth-child(4)") == browser.shown("#decision td:nth-child(2)")
+    browser.press("[name=K]", END)
+    assert browser.js("document.querySelectorAll('#transport tbody tr').length") == 16 + 1      # and the sums
+    browser.press("[name=K]", HOME)
+    assert "among these 6 classes" in browser.shown("#among")
+    assert browser.shown("#transport td:nth-child(6)") == "25.00"               # 100 / 4 prompts
+    browser.click("#reset")
+    browser.press("[name=epsilon]", END)
+    assert browser.shown("#facts").startswith("Entropy 1.000")
+    browser.press("[name=epsilon]", HOME)
+    browser.press("[name=iterations]", HOME)
+    facts = browser.shown("#facts")
+    assert " 0.00 % in rows" not in facts and " 0.00 % in columns" in facts
+
+
+def test_kinds_of_plan_and_single_steps(opened):
+    browser, *_ = opened
+    browser.press("[name=iterations]", HOME)
+    browser.click("label:has([value=converged])")
+    assert " 0.00 % in rows, 0.00 % in columns" in browser.shown("#facts")
+    browser.click("label:has([value=uniform])")
+    assert browser.shown("#transport td:nth-child(7)") == "5.00"                # 100 / (5 * 4 prompts)
+    browser.click("label:has([value=steps])")
+    for exact, other in (("rows", "columns"), ("columns", "rows")):
+        browser.click("#step")
+        facts = browser.shown("#facts")
+        assert f" 0.00 % in {exact}" in facts and f" 0.00 % in {other}" not in facts
+
+
+def test_patch_prompt_class_and_picture_are_chosen_and_stand_in_the_address(opened):
+    browser, picture, label, _ = opened
+    browser.press("#map", RIGHT + RIGHT + DOWN)
+    browser.click("#each button:nth-child(2)")
+    assert browser.js("document.querySelectorAll('th.lit').length") == 2           # of cost and of plan
+    browser.click("#classes label:nth-of-type(2)")
+    assert browser.shown("#local tr.chosen th").startswith(NAMES[picture["labels"][1]])
     deadline = time.monotonic() + 10
-    while "class=1" not in js("location.hash") and time.monotonic() < deadline:
+    while "class=1" not in browser.js("location.hash") and time.monotonic() < deadline:
         time.sleep(0.05)
-    before = js("document.body.innerText")
-    browser("POST", "/url", url="about:blank")
-    browser("POST", "/back")
-    assert js("document.body.innerText") == before
-    click("#pictures label:nth-of-type(2)")
-    assert "<b>1" in shown("#classes legend")
-    click("#reset")
-    assert "<b>1" in shown("#classes legend")
-    click("#pictures label:nth-of-type(1)")
-    assert "<b>0" in shown("#classes legend") and shown("#local td:last-child") == f"{picture['local'][label]:.2f}"
-    assert browser("POST", "/se/log", type="browser") == []
+    assert browser.js("location.hash") == "#class=1&patch=5&prompt=1"
+
+    browser.js("light()")                                # what is chosen, wherever the mouse happens to rest
+    assert browser.shown("#reading").startswith("Row 2, column 2: ")
+    before = browser.js("document.body.innerText")
+    browser.ask("/refresh")
+    browser.js("light()")
+    assert browser.js("document.body.innerText") == before
+
+    browser.click("#pictures label:nth-of-type(2)")
+    assert "<b>1" in browser.shown("#classes legend")
+    browser.click("#reset")
+    browser.click("#pictures label:nth-of-type(1)")
+    assert browser.shown("#local td:last-child") == f"{picture['local'][label]:.2f}"
+
+
+@pytest.mark.parametrize("method, parts", [
+    ("gallop", ["Saliency", "Local logit", "Global logit", "Decision"]),
+    ("plot", ["Saliency", "Transport", "Local logit", "Decision"]),
+    ("coop", ["Saliency", "Global logit", "Decision"])])
+def test_other_methods_show_the_parts_that_they_have(browser, tmp_path, method, parts):
+    model = METHODS[method](random_clip(), NAMES).eval()
+    text, data, images = page_of(model)
+    browser.open(tmp_path / "page.html", text)
+    shown = browser.js("[...document.querySelectorAll('h2')].filter((part) => part.checkVisibility())"
+                       ".map((part) => part.firstChild.textContent.trim())")
+    assert shown == parts and browser.errors() == []
+    with torch.no_grad():
+        decisive = model.logits(model(images[:1]))[0].max()
+    assert browser.shown("#decision tbody tr:first-child td:last-child").startswith(f"{decisive:.2f}")
