@@ -296,7 +296,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser, tmp_path):
-    """A page in the browser -> browser, numbers of the first picture, its likeliest class, that one's plan."""
+    """A page in the browser -> browser, numbers of the first picture, its likeliest class and its plan."""
     model = SOTGLP(random_clip(), NAMES, n_support=5, epsilon=0.02).eval()
     text, data, images = page_of(model)
     browser.open(tmp_path / "page.html", text)
