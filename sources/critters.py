@@ -2,9 +2,7 @@
 
 Read top to bottom: words -> a creature and its sentence -> drawing -> the stream of pictures that the tiny
 CLIP learns from -> the few-shot benchmark -> pictures out of distribution. figures.py has what the nouns look
-like.
-
-    python -m sources.critters --output FILE.png                 draws one picture of each class
+like, extras/draw_critters.py draws one picture of each class.
 
 Everything that has a word is named by a phrase, such as "a red star" or "white horns". The phrase says how it
 is drawn and stands in captions; a mask says where it is. Each picture has its own random.Random: it depends
@@ -15,13 +13,10 @@ import functools
 import math
 import random
 import re
-import sys
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-
-from harness.parser import Parser
+from PIL import Image, ImageDraw
 from sources.figures import BODIES, COLOURS, GROUNDS, INK, PARTS, PATTERNS, box, both, oval, star, tube
 
 SIZE = 64                                             # of a picture; drawn at twice that, for smooth edges
@@ -342,30 +337,3 @@ def read(path):
     if label and int(label) >= len(CLASSES):
         raise ValueError(f"{path}: the drawn classes are 0 to {len(CLASSES) - 1}")
     return ood_picture(odd, int(odd_index)) if odd else picture(split, int(label), int(index))
-
-
-# ---- the script ----
-
-def sheet():
-    """The first training picture of each class, with its name; the four near-twins of a kind stand side by side."""
-    page = Image.new("RGB", (8 * 132 - 4, 2 * 152 - 4), "white")
-    for label, name in enumerate(class_names()):
-        x, y = label % 8 * 132, label // 8 * 152
-        ImageDraw.Draw(page).text((x, y), name, INK, ImageFont.load_default(13))
-        page.paste(picture("train", label, 0).resize((128, 128), Image.NEAREST), (x, y + 20))
-    return page
-
-
-def main(argv=None):
-    parser = Parser("python -m sources.critters --output FILE", "Draws one picture of each class into a file.")
-    parser.add_argument("--output", metavar="FILE", required=True, help="a name that ends in .png")
-    output = parser.parse_args(argv).output
-    try:
-        sheet().quantize(256).save(output)             # why 256 colours: a quarter of the size
-        print(f"wrote {output}")
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,38 @@
+"""Draws one picture of each class of critters, the embedded dataset, into a file.
+
+    python -m extras.draw_critters --output sheet.png
+"""
+
+from PIL import Image, ImageDraw, ImageFont
+
+from harness import machine
+from harness.parser import Parser
+from sources.critters import INK, class_names, picture
+
+
+def sheet():
+    """The first training picture of each class, with its name; the four near-twins of a kind stand side by side."""
+    page = Image.new("RGB", (8 * 132 - 4, 2 * 152 - 4), "white")
+    for label, name in enumerate(class_names()):
+        x, y = label % 8 * 132, label // 8 * 152
+        ImageDraw.Draw(page).text((x, y), name, INK, ImageFont.load_default(13))
+        page.paste(picture("train", label, 0).resize((128, 128), Image.NEAREST), (x, y + 20))
+    return page
+
+
+def parse_args(argv=None):
+    """The options."""
+    parser = Parser("python -m extras.draw_critters --output FILE", __doc__)
+    parser.add_argument("--output", metavar="FILE", required=True, help="a name that ends in .png")
+    return parser.parse_args(argv)
+
+
+@machine.plain_errors()
+def main(args):
+    """Draws and writes the file."""
+    sheet().quantize(256).save(args.output)             # why 256 colours: a quarter of the size
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main(parse_args())
