@@ -11,7 +11,7 @@ from sources.critters import INK, class_names, picture
 
 
 def sheet():
-    """The first training picture of each class, with its name; the four near-twins of a kind stand side by side."""
+    """The first training picture of each class, with its name; near-twins of a kind stand side by side."""
     page = Image.new("RGB", (8 * 132 - 4, 2 * 152 - 4), "white")
     for label, name in enumerate(class_names()):
         x, y = label % 8 * 132, label // 8 * 152
