@@ -12,7 +12,7 @@ import clip
 from sources import critters
 import data
 from harness import runs
-from extras import visualize
+from extras import draw_critters, visualize
 from conftest import copy, random_clip
 from methods import METHODS
 from sotglp import SOTGLP
@@ -366,7 +366,7 @@ def test_options_that_do_not_go_together_are_refused(options):
 # ---- the drawings
 
 def test_the_sheet_shows_every_class(tmp_path):
-    critters.main(["--output", str(tmp_path / "sheet.png")])
+    draw_critters.main(draw_critters.parse_args(["--output", str(tmp_path / "sheet.png")]))
     with Image.open(tmp_path / "sheet.png") as drawn:
         sheet = np.asarray(drawn.convert("RGB"), dtype=int)
     for label in range(16):
@@ -376,9 +376,9 @@ def test_the_sheet_shows_every_class(tmp_path):
 
 
 def test_a_sheet_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(critters, "sheet", lambda: Image.new("RGB", (4, 4)))
+    monkeypatch.setattr(draw_critters, "sheet", lambda: Image.new("RGB", (4, 4)))
     with pytest.raises(SystemExit, match="error: .*missing"):
-        critters.main(["--output", str(tmp_path / "missing" / "sheet.png")])
+        draw_critters.main(draw_critters.parse_args(["--output", str(tmp_path / "missing" / "sheet.png")]))
 
 
 def test_the_training_batch_has_no_other_split(capsys):
