@@ -222,6 +222,7 @@ def evaluate_run(run, checkpoint, device, data_root=None, workers=0, split="test
               "split": split, f"{split}_images": int(counts.n_images.sum()), "epoch": checkpoint["epoch"],
               **{name: config[name] for name in ("method", "dataset", "model", "shots", "seed")},
               "tested_on": dataset, "precision": machine.precision(amp),
+              "data": {split: runs.digest(items, runs.root_of(config, data_root, on))},
               "seconds": round(time.monotonic() - start, 1)}
     name = "-".join(["evaluation", *filter(None, [on or classes])])
     if writable:

@@ -371,6 +371,7 @@ def main(args):
             **{name: config[name] for name in ("method", "dataset", "model")}, "temperature": args.temperature,
             "local_weight": args.local_weight, "ood_root": args.ood_root, "precision": machine.precision(args.amp),
             "images": {name: len(items) for name, items in sets.items()},
+            "data": {name: runs.digest(items, runs.root_of(config, args.data_root)) for name, items in sets.items()},
             "table": table, "paper_table_3": paper, "seconds": round(time.monotonic() - start, 1)})
         print(f"wrote {args.run}/ood.json")
     if args.csv:

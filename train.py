@@ -492,7 +492,8 @@ def train_and_test(run):
     counts = evaluate.test(run.model, run.test_set, args.dataset, args.amp, args.workers, rank, world, args.template)
     if rank == 0:
         evaluate.report(run.folder, run.model, counts, run.fingerprint["config"], run.started,
-                        train_images=len(run.train_set), split_matches_published=run.published, world_size=world)
+                        train_images=len(run.train_set), data=run.fingerprint["data"],
+                        split_matches_published=run.published, world_size=world)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ def parse_args(argv=None):
 def configuration(args):
     """The options that belong to a run, and what the loop of train.py would have: what result.json names."""
     return {**{name: value for name, value in vars(args).items() if name != "overwrite"}, "method": "linear_probe",
-            "classes": "all", "sampler": "exact", "amp": "off", "test_split": "test"}
+            "classes": "all", "sampler": "exact", "held_out": None, "activation": "quickgelu", "amp": "off",
+            "test_split": "test"}
 
 
 @machine.plain_errors()
@@ -93,8 +94,11 @@ def main(args):
         counts = evaluate.test(model, test, args.dataset, workers=args.workers)
         if runs.holds_run(folder):
             places.remove(folder, ("last.pt", "log.jsonl", *places.REPORTS))
+        parts = {"training": train, "test": test}
         evaluate.report(folder, model, counts, config, started, c=c, train_images=len(train),
-                        split_matches_published=published)
+                        split_matches_published=published, class_names=class_names,
+                        clip_sha256=clip.weights_hash(clip_model),
+                        data={part: runs.digest(items, args.data_root) for part, items in parts.items()})
 
 
 if __name__ == "__main__":

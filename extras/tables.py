@@ -20,6 +20,8 @@ SHOTS = (1, 2, 4, 8, 16)
 # Columns here: the columns of paper/table1.csv, and the methods of paper/table4.csv.
 TABLE_1 = {"CLIP": "CLIP", "CoOp (Table 1)": "CoOp", "GalLoP (Table 1)": "GalLoP", "SOT-GLP": "SOT-GLP"}
 TABLE_4 = ("CoOp", "GalLoP", "SOT-GLP")
+# The columns of table.csv.
+COLUMNS = ("dataset", "shots", "method", "accuracy", "standard deviation", "runs")
 
 
 def paper_numbers():
@@ -33,98 +35,150 @@ def paper_numbers():
     return {key: value for key, value in numbers.items() if key[0] != "average"}
 
 
-def our_numbers(folder):
-    """{(dataset, shots, "ours"): accuracies over seeds} of the finished runs below a folder, their options, and notes.
+def our_results(folder):
+    """{(dataset, shots, "ours"): results of the runs that its cell averages} below a folder, and notes on all runs.
 
-    The methods other than SOT-GLP are called "our <method>". A run of the tiny model, on validation images, with other
-    options than the first one of its method, dataset and shots, or with a repeated seed, is left out by name. Runs with
-    a method's own defaults come first, then the order is that of the names.
-    why: an ablation must not be averaged in, and the tiny model is none of the paper's.
+    The methods other than SOT-GLP are called "our <method>". What must not be averaged is left out by name. Runs with
+    a method's own defaults come first, then the order is that of the names. why: an ablation must not be averaged in.
     """
-    numbers, first, seeds, notes = {}, {}, set(), []
+    cells = {}
+    notes = []
     results = [(run, runs.read_result(run)) for run in runs.finished_runs(folder)]
     for run, result in sorted(results, key=lambda pair: runs.is_variant(pair[1]["config"])):
-        if result["model"] == "tiny":
-            notes.append(f"left out: {run} (model tiny; the paper has ViT-B/16)")
+        cell = cells.setdefault((result["dataset"], result["shots"], our_name(result["config"])), [])
+        reason = why_left_out(result, cell)
+        if reason:
+            notes.append(f"left out: {run} ({reason})")
             continue
-        if result.get("split", "test") != "test":
-            notes.append(f"left out: {run} (measured on validation images)")
-            continue
-        method = result["config"]["method"]
-        name = ("ours" if method == "sotglp" else f"our {method}") + " base" * (result["config"]["classes"] == "base")
-        key = (result["dataset"], result["shots"], name)
-        config = first.setdefault(key, result["config"])
-        seed = {name: result[name] for name in ("seed", "split_seed")}
-        differs = runs.changes({**config, **seed}, result["config"])
-        if differs or (key, *seed.values()) in seeds:
-            notes.append(f"left out: {run} ({', '.join(differs) or 'seed %d again' % result['seed']})")
-            continue
-        seeds.add((key, *seed.values()))
-        numbers.setdefault(key, []).append(result["accuracy"])
-        notes.append(f"{run}: {result['accuracy']:.2f} %, model {result['model']}, seed {result['seed']}"
-                     + ", NOT CoOp's published split" * (result["split_matches_published"] is False))
-    return numbers, first, notes
+        cell.append(result)
+        published = ", NOT CoOp's published split" if result.get("split_matches_published") is False else ""
+        notes.append(f"{run}: {result['accuracy']:.2f} %, model {result['model']}, seed {result['seed']}{published}")
+    return {key: cell for key, cell in cells.items() if cell}, notes
 
 
-def mixed_options(configs):
-    """What differs between the options of some cells, dataset, shots and seeds aside: a list of texts.
-
-    A method's recipe counts as one configuration, though it may set other values for each dataset.
-    """
-    def general(config):
-        method = METHODS.get(config["method"])             # why get: the linear probe is not among them
-        recipe = method.recipe(config["dataset"]) if method else {}
-        config = {name: "the recipe's" if name in recipe and recipe[name] == value else value
-                  for name, value in config.items()}
-        return {**config, **dict.fromkeys(("dataset", "shots", "seed", "split_seed"))}
-
-    if not configs:
-        return []
-    first, *others = map(general, configs)
-    return [text for other in others for text in runs.changes(first, other)]
+def our_name(config):
+    """The column of a run's method."""
+    name = "ours" if config["method"] == "sotglp" else f"our {config['method']}"
+    return f"{name} base" if config["classes"] == "base" else name
 
 
-def print_tables(folder):
-    """Tables 1 and 4 with ours beside the paper's numbers, blank where nothing ran; also table.csv in the folder."""
-    ours, configs, notes = our_numbers(folder)
-    our_methods = list(dict.fromkeys(["ours", *(method for _, _, method in ours)]))
-    numbers = paper_numbers()
-    datasets = list(dict.fromkeys(dataset for dataset, _, _ in numbers))
-    numbers |= ours
-    for shots in SHOTS:                                 # averages of every method, over the datasets alone that ran
-        ran = [dataset for dataset in datasets if any((dataset, shots, method) in ours for method in our_methods)]
-        for method in dict.fromkeys((*TABLE_1, *TABLE_4, *our_methods)):
-            keys = [(dataset, shots, method) for dataset in ran if (dataset, shots, method) in numbers]
-            mixed = mixed_options([configs[key] for key in keys if key in configs])
+def why_left_out(result, cell):
+    """Why a run does not count beside those of its cell that do, or ""; the first one decides on the options."""
+    if result["model"] == "tiny":
+        return "model tiny; the paper has ViT-B/16"
+    if result.get("split", "test") != "test":
+        return "measured on validation images"
+    if not cell:
+        return ""
+
+    seeds = {name: result[name] for name in ("seed", "split_seed")}
+    differs = runs.changes({**cell[0]["config"], **seeds}, result["config"])
+    if differs:
+        return ", ".join(differs)
+    if any(seeds.items() <= other.items() for other in cell):
+        return f"seed {result['seed']} again"
+    # why only with the same split seed: another one draws other pictures
+    alike = [other for other in cell if other["split_seed"] == result["split_seed"]]
+    if alike and alike[0].get("data") != result.get("data"):
+        return "other pictures"
+    if cell[0].get("split_matches_published") != result.get("split_matches_published"):
+        return "another split file"
+    return ""
+
+
+def add_averages(numbers, ours):
+    """Adds to the numbers the averages of every method over the paper's datasets that ran here -> notes on the rest."""
+    datasets = {dataset for dataset, _, method in numbers if not is_ours(method)}
+    methods = list(dict.fromkeys(method for _, _, method in numbers))
+    notes = []
+    for shots in SHOTS:
+        ran = {dataset for dataset, n, _ in ours if n == shots and dataset in datasets}
+        for method in methods:
+            keys = [key for key in numbers if key[0] in ran and key[1:] == (shots, method)]
+            mixed = mixed_options([ours[key][0]["config"] for key in keys if key in ours])
             if mixed:
                 notes.append(f"no average of {method} at {shots} shots: the datasets ran with different options "
                              f"({mixed[0]})")
             elif keys:
                 numbers["average", shots, method] = [statistics.mean(statistics.mean(numbers[key]) for key in keys)]
+    return notes
 
-    def row(label, keys):
-        cells = [mean_and_spread(numbers.get(key, []), 2 if key[2] in our_methods else 1) for key in keys]
-        print(f"{label:15s}" + "".join(f"{cell:>18s}" for cell in cells))
+
+def mixed_options(configs):
+    """What differs between the options of some cells, dataset, shots and seeds aside: a list of texts."""
+    if not configs:
+        return []
+    first, *others = map(general_options, configs)
+    return [text for other in others for text in runs.changes(first, other)]
+
+
+def general_options(config):
+    """A configuration without dataset, shots and seeds.
+
+    A method's recipe counts as one value, though it may set other ones for each dataset.
+    """
+    method = METHODS.get(config["method"])                 # why get: the linear probe is not among them
+    recipe = method.recipe(config["dataset"]) if method else {}
+    general = {name: "the recipe's" if name in recipe and recipe[name] == value else value
+               for name, value in config.items()}
+    return {**general, **dict.fromkeys(("dataset", "shots", "seed", "split_seed"))}
+
+
+def print_tables(folder):
+    """Tables 1 and 4 with ours beside the paper's numbers, blank where nothing ran; also table.csv in the folder."""
+    check_replaceable(Path(folder) / "table.csv")
+    ours, notes = our_results(folder)
+    numbers = paper_numbers() | {key: [result["accuracy"] for result in cell] for key, cell in ours.items()}
+    notes += add_averages(numbers, ours)
+    datasets = list(dict.fromkeys(dataset for dataset, _, _ in paper_numbers()))
+    our_methods = list(dict.fromkeys(["ours", *(method for _, _, method in ours)]))
 
     print("All columns but our own are the paper's printed numbers; averages are over the datasets that ran here.\n"
           "A cell of ours is the mean of runs of one configuration: the method's own defaults, else that of the first\n"
           "by name; so is an average over datasets. Runs of model tiny are left out.")
     print("\nTable 1, 16 shots" + "".join(f"{name:>18s}" for name in (*TABLE_1, *our_methods))[2:])
     for dataset in (*datasets, "average"):
-        row(dataset, [(dataset, 16, method) for method in (*TABLE_1, *our_methods)])
+        print_row(dataset, numbers, [(dataset, 16, method) for method in (*TABLE_1, *our_methods)])
     print("\nTable 4, shots " + "".join(f"{shots:>18d}" for shots in SHOTS))
     for dataset in (*datasets, "average"):
         print(dataset)
         for method in (*TABLE_4, *our_methods):
-            row(f"  {method}", [(dataset, shots, method) for shots in SHOTS])
+            print_row(f"  {method}", numbers, [(dataset, shots, method) for shots in SHOTS])
     print("\n" + "\n".join(notes or [f"no result.json below {folder}: nothing ran yet"]))
+    machine.write_csv(Path(folder) / "table.csv", csv_rows(numbers))
+
+
+def print_row(label, numbers, keys):
+    cells = [mean_and_spread(numbers.get(key, []), digits_of(key[2])) for key in keys]
+    print(f"{label:15s}" + "".join(f"{cell:>18s}" for cell in cells))
+
+
+def is_ours(method):
+    return method.startswith("our")
+
+
+def digits_of(method):
+    """How many decimals are shown: the paper prints one."""
+    return 2 if is_ours(method) else 1
+
+
+def csv_rows(numbers):
+    """The lines of table.csv, with the columns of COLUMNS."""
     rows = []
     for (dataset, shots, method), values in numbers.items():
-        mine = method in our_methods
-        mean, _, deviation = mean_and_spread(values, 2 if mine else 1).partition(" +- ")
-        rows.append({"dataset": dataset, "shots": shots, "method": method, "accuracy": mean,
-                     "standard deviation": deviation, "runs": len(values) if mine else ""})
-    machine.write_csv(Path(folder) / "table.csv", rows)
+        mean, _, deviation = mean_and_spread(values, digits_of(method)).partition(" +- ")
+        n_runs = len(values) if is_ours(method) else ""
+        rows.append(dict(zip(COLUMNS, (dataset, shots, method, mean, deviation, n_runs))))
+    return rows
+
+
+def check_replaceable(path):
+    """Raises ValueError where table.csv is somebody else's: it does not begin with our line of columns."""
+    if path.is_symlink() or path.exists():
+        ours = path.is_file() and not path.is_symlink()
+        if not ours or path.read_bytes().partition(b"\n")[0].rstrip() != ",".join(COLUMNS).encode():
+            raise ValueError(f"{path} is no table of this program, which writes its own there: give it another name")
+
 
 # ---- base to new -------------------------------------------------------------------------------------------
 

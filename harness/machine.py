@@ -231,9 +231,16 @@ def join(rank, world, device):
         raise OSError(f"the {world} processes did not meet at {place}: {str(error).splitlines()[0]}") from error
 
 
-def end_with_parent():
-    """Ends this process when its parent is gone. why: ranks would go on writing after torchrun was killed."""
-    parent = os.getppid()
+# The variable in which a program gives its process id to the commands that must not outlive it.
+STARTED_BY = "SOTGLP_STARTED_BY"
+
+
+def end_with_parent(parent=None):
+    """Ends this process when its parent is gone: the one that it has now, or the one of this id.
+
+    why: ranks would go on writing after torchrun was killed.
+    """
+    parent = parent or os.getppid()
 
     def watch():
         while os.getppid() == parent:
@@ -277,6 +284,8 @@ def plain_errors(hint=""):
     # why not `rank_and_world`: what is wrong with these variables is an error like others
     of_several = os.environ.get("WORLD_SIZE", "1") not in ("", "1") and os.environ.get("RANK")
     rank = f"rank {os.environ['RANK']}: " if of_several else ""
+    if STARTED_BY in os.environ:
+        end_with_parent(int(os.environ[STARTED_BY]))
     try:
         with streams.safe_streams(), streams.safe_end():
             yield

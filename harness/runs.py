@@ -34,6 +34,9 @@ from methods import METHODS, OPTIONS
 # What last.pt contains; training: the paths of the training pictures below the root.
 CHECKPOINT = {"learned": dict, "optimizer": dict, "scaler": dict, "config": dict, "class_names": list, "data": dict,
               "training": list, "clip_sha256": str, "threads": int, "epoch": int, "seconds": float, "log": list}
+# What result.json contains at least.
+RESULT = {"dataset": str, "model": str, "shots": int, "seed": int, "split_seed": int, "accuracy": float,
+          "config": dict}
 # The options that all configurations have; those of the method come behind them.
 CONFIGURATION = ("dataset", "data_root", "model", "activation", "template", "classes", "shots", "held_out",
                  "test_split", "seed", "split_seed", "sampler", "amp", "text_chunk", "checkpoint_text")
@@ -138,13 +141,18 @@ def read_result(run):
     path = Path(run) / "result.json"
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        wrong = [name for name in ("dataset", "model", "shots", "seed", "split_seed", "config") if name not in result]
-        wrong += [] if isinstance(result.get("accuracy"), float) else ["accuracy"]
+        wrong = [name for name, kind in RESULT.items() if not isinstance(result.get(name), kind)]
+        if not wrong:
+            wrong = [f"option {name}" for name in ("method", "dataset", "classes")
+                     if not isinstance(result["config"].get(name), str)]
+            # why: a mean of several would be no number
+            wrong += [] if 0 <= result["accuracy"] <= 100 else ["accuracy in percent"]
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}; remove it, and train.py --resume {run} "
                          "tests the run again") from error
     if wrong:
-        raise ValueError(f"{path} is damaged, or is not a file of this program: it has no {', '.join(wrong)}")
+        raise ValueError(f"{path} is damaged, or is not a file of this program: it has no readable "
+                         f"{', '.join(wrong)}")
     return result
 
 
@@ -216,7 +224,8 @@ def is_variant(config):
     if not options:
         return False
     defaults = {**options, **METHODS[config["method"]].recipe(config["dataset"])}
-    return any(comparable(config[option]) != comparable(defaults[option]) for option in options)
+    # why only those that it has: a run may be older than an option
+    return any(comparable(config[option]) != comparable(defaults[option]) for option in options if option in config)
 
 
 def comparable(value):

@@ -1,17 +1,27 @@
-"""compare.py: what is missing is run once, and the table has the means of what the runs wrote. Runs are pretended."""
+"""extras/compare.py: what is missing is run once, and the table has the means of what the runs wrote.
 
+Most runs are pretended; the tests of how commands end start small programs.
+"""
+
+import argparse
 import json
+import os
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from extras import compare
+import data
 import evaluate
-from extras import linear_probe
 import train as script
-from conftest import copy, read
+from conftest import PROJECT, copy, read
+from extras import ablations, children, compare, jobs, linear_probe, reuse
+from harness import runs
+from harness.configuration import configuration
 from methods import METHODS
 
 ACCURACY = {("coop", 1): 80.0, ("coop", 2): 90.0, ("coop", 3): 85.0, ("sotglp", 1): 70.0, ("sotglp", 2): 71.0,
@@ -24,44 +34,75 @@ def started(monkeypatch):
     """The commands that compare.py starts. Instead of a run they write what a run writes."""
     commands = []
 
-    def pretend(command, cwd, stdout, stderr, env):
+    def pretend(command, stdout, env, **_):
         name, *options = [part for part in command[1:] if part != "-m"]
         commands.append((name, *options))
-        if name == "extras.compare":
-            folder = Path(options[1])                      # behind --weights
-            seed = int(folder.name[-1])
-            test = {score: 50.0 + seed for score in ("fused", "global", "local", *map(str, compare.WEIGHTS))}
-            val = {**{score: value + 5 for score, value in test.items()}, "fused": 40.0}
-            (folder / "weights.json").write_text(json.dumps({"val": val, "test": test}))
-            return subprocess.CompletedProcess(command, 0)
-        if name == "ood.py":
-            table = {row: {"near": {"auroc": 1.0}, "mean": {"auroc": value}} for row, value in AUROC.items()}
-            fields = {"temperature": 1.0, "local_weight": 1.0, "ood_root": {}}
-            (Path(options[0]) / "ood.json").write_text(json.dumps({**fields, "table": table}))
-            return subprocess.CompletedProcess(command, 0)
-        if name == "evaluate.py":
-            result = json.loads((Path(options[0]) / "result.json").read_text())
-            new = {"accuracy": result["accuracy"] - 20, "zero_shot_accuracy": 41.0}
-            (Path(options[0]) / "evaluation-new.json").write_text(json.dumps(new))
-            return subprocess.CompletedProcess(command, 0)
-        args = linear_probe.parse_args(options) if name == "extras.linear_probe" else script.parse_args(options)
-        config = {"method": "linear_probe", **vars(args)}
-        config = {name: value for name, value in config.items() if name != "resume"}
-        if ("fail", args.seed) in ACCURACY:
-            stdout.write("Traceback\nerror: no such luck\n")
-            return subprocess.CompletedProcess(command, 1)
-        folder = Path(args.output_dir)
-        folder.mkdir(exist_ok=True)
-        (folder / "log.jsonl").write_text("".join(json.dumps({"seconds": s}) + "\n" for s in (9, 1, 2)))
-        (folder / "result.json").write_text(json.dumps({
-            **{key: config[key] for key in ("dataset", "model", "shots", "seed", "split_seed")}, "config": config,
-            "accuracy": ACCURACY[config["method"], args.seed] - 10 * args.seed * (not config.get("vv_attention", True)),
-            "zero_shot_accuracy": 31.0, "test_images": 960, "seconds": 60.0,
-            "learned_parameters": 2048, "threads": int(env["OMP_NUM_THREADS"])}))
-        return subprocess.CompletedProcess(command, 0)
+        pretended = {"train.py": train, "extras.linear_probe": probe, "ood.py": score_ood, "evaluate.py": score_new,
+                     "extras.compare": weigh}
+        code = pretended[name](options, stdout, env)
+        return argparse.Namespace(poll=lambda: code or 0)
 
-    monkeypatch.setattr(compare.subprocess, "run", pretend)
+    monkeypatch.setattr(children.subprocess, "Popen", pretend)
+    monkeypatch.setattr(children, "PAUSE", 0)
     return commands
+
+
+def write(path, fields):
+    path.write_text(json.dumps(fields))
+
+
+def train(options, stdout, env):
+    args = script.parse_args(options)
+    if ("fail", args.seed) in ACCURACY:
+        stdout.write(b"epoch 1\nTraceback (most recent call last):\n  File\nKeyError: 'no such luck'\n")
+        return 1
+    folder = Path(args.output_dir)
+    (folder / "log.jsonl").write_text("".join(json.dumps({"seconds": s}) + "\n" for s in (9, 1, 2)))
+    config = configuration(args)
+    torch.save({"learned": {}, "optimizer": {}, "scaler": {}, "config": config, "training": [], "threads": 1,
+                "epoch": 1, "seconds": 60.0, "log": [], **reuse.made_from(config)}, folder / "last.pt")
+    penalty = 0 if config.get("vv_attention", True) else 10 * args.seed
+    report(folder, config, env, ACCURACY.get((args.method, args.seed), 50.0) - penalty)
+
+
+def probe(options, stdout, env):
+    args = linear_probe.parse_args(options)
+    config = linear_probe.configuration(args)
+    report(Path(args.output_dir), config, env, ACCURACY["linear_probe", args.seed], **reuse.made_from(config))
+
+
+def report(folder, config, env, accuracy, **more):
+    named = {name: config[name] for name in ("dataset", "model", "shots", "seed", "split_seed")}
+    write(folder / "result.json", {
+        **named, "config": config, "accuracy": accuracy, "zero_shot_accuracy": 31.0, "test_images": 960,
+        "seconds": 60.0, "learned_parameters": 2048, "threads": int(env["OMP_NUM_THREADS"]), **more})
+
+
+def job_in(folder):
+    """As much of a `Job` as `reuse.expected_fields` reads."""
+    config = json.loads((folder / "result.json").read_text())["config"]
+    return argparse.Namespace(folder=folder, config=config, dataset=config["dataset"])
+
+
+def score_ood(options, stdout, env):
+    folder = Path(options[0])
+    table = {row: {"near": {"auroc": 1.0}, "mean": {"auroc": value}} for row, value in AUROC.items()}
+    write(folder / "ood.json", {**reuse.expected_fields(job_in(folder), "ood.json"), "table": table})
+
+
+def score_new(options, stdout, env):
+    folder = Path(options[0])
+    result = json.loads((folder / "result.json").read_text())
+    write(folder / "evaluation-new.json", {**reuse.expected_fields(job_in(folder), "evaluation-new.json"),
+                                           "accuracy": result["accuracy"] - 20, "zero_shot_accuracy": 41.0})
+
+
+def weigh(options, stdout, env):
+    folder = Path(options[options.index("--weights") + 1])
+    seed = int(folder.name[-1])
+    test = {score: 50.0 + seed for score in ("fused", "global", "local", *map(str, ablations.WEIGHTS))}
+    val = {**{score: value + 5 for score, value in test.items()}, "fused": 40.0}
+    write(folder / "weights.json", {**reuse.expected_fields(job_in(folder), "weights.json"), "val": val, "test": test})
 
 
 def run(folder, *options):
@@ -80,7 +121,7 @@ def test_what_is_missing_runs_once_and_the_table_has_its_means(started, tmp_path
                             "2,048"]
     assert rows["SOT-GLP"][:3] == ["71.00", "+-", "1.00"]
     assert rows["zero-shot CLIP"] == ["31.00", "50.00", "55.00", "0"]
-    assert rows["linear probe"] == ["60.00", "2.00", "2,048"]
+    assert rows["linear probe"] == ["60.00", "2,048"]                   # no epochs
     assert "7 runs, 0 finished already" in printed and "7 of 7" in printed and "about 0 min left" in printed
     assert "the paper's" not in printed                                  # the tiny model is none of the paper's
 
@@ -94,25 +135,37 @@ def test_what_is_missing_runs_once_and_the_table_has_its_means(started, tmp_path
     assert saved[0]["row"] == "coop" and saved[0]["accuracy"] == [80, 90, 85]
 
 
-def test_the_second_stage_of_plotpp_starts_from_a_first_one(started, tmp_path, monkeypatch):
-    monkeypatch.setitem(ACCURACY, ("plotpp", 2), 50.0)
-    run(tmp_path, "--methods", "plotpp", "--seeds", "2", "--epochs", "7")
-    (_, *first), (_, *second) = [command for command in started if command[0] == "train.py"]
-    first, second = script.parse_args(first), script.parse_args(second)
-    assert (first.stage, first.seed, first.epochs, first.start_from) == (1, 2, 7, None)
-    assert (second.stage, second.seed, second.epochs, second.start_from) == (2, 2, 7, first.output_dir)
-    assert second.output_dir == f"{tmp_path}/plotpp-critters-16shot-epochs7-seed2" and first.resume
+def test_all_seeds_of_plotpp_start_from_one_first_stage(started, tmp_path, capsys):
+    run(tmp_path, "--methods", "plotpp", "--seeds", "2", "3", "--epochs", "7")
+    first, *others = [script.parse_args(command[1:]) for command in started if command[0] == "train.py"]
+    assert (first.stage, first.seed, first.epochs, first.start_from) == (1, 1, 7, None) and first.resume
+    assert [(args.stage, args.seed, args.epochs) for args in others] == [(2, 2, 7), (2, 3, 7)]
+    assert {args.start_from for args in others} == {first.output_dir}
+    assert others[0].output_dir == f"{tmp_path}/plotpp-critters-16shot-epochs7-seed2"
+    assert "PLOT++" in capsys.readouterr().out and len(json.loads((tmp_path / "compare.json").read_text())) == 1
     started.clear()
     run(tmp_path, "--methods", "plotpp", "--seeds", "2", "--epochs", "7")
     assert started == []
 
 
+def test_without_its_first_stage_a_run_does_not_start(started, tmp_path, monkeypatch):
+    monkeypatch.setitem(ACCURACY, ("fail", 1), None)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, "--methods", "plotpp", "coop", "--seeds", "2")
+    assert str(stop.value).splitlines()[1:] == [
+        "plotpp, stage 1, critters, 16 shots, seed 1: KeyError: 'no such luck'",
+        "plotpp, critters, 16 shots, seed 2: the run that it starts from failed"]
+    assert (tmp_path / "coop-critters-16shot-seed2/result.json").exists()
+
+
 def test_a_score_of_a_methods_own_has_a_column(started, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(ACCURACY, ("lsn", 1), 50.0)
     monkeypatch.setitem(AUROC, "own", 12.5)
     run(tmp_path, "--methods", "lsn", "--seeds", "1")
-    heads, row = [line for line in capsys.readouterr().out.splitlines() if "AUROC, own" in line or line[:4] == "LSN "]
-    assert heads.split("AUROC, ")[-1].split() == ["own", "s/epoch", "parameters"] and row.split()[-3:-1] == ["12.50", "2.00"]
+    lines = capsys.readouterr().out.splitlines()
+    heads, = [line for line in lines if "AUROC, own" in line]
+    row, = [line for line in lines if line.startswith("LSN ")]
+    assert heads.split("AUROC, ")[-1].split() == ["own", "s/epoch", "parameters"]
+    assert row.split()[-3:-1] == ["12.50", "2.00"]
 
 
 def test_base_to_new_has_the_mean_of_each_half_and_the_harmonic_mean_of_the_two(started, tmp_path, capsys):
@@ -135,7 +188,13 @@ def test_base_to_new_has_rows_of_its_own(capsys):
     assert "no row linear_probe: choose from zero_shot, coop, ivlp" in capsys.readouterr().err
 
 
-def test_the_papers_column_stands_beside_vit_b16_at_16_shots_alone(started, tmp_path, capsys):
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """What runs are made from, where there are neither pictures nor weights."""
+    monkeypatch.setattr(reuse, "made_from", lambda config: {"class_names": [], "data": {}, "clip_sha256": ""})
+
+
+def test_the_papers_column_stands_beside_vit_b16_at_16_shots_alone(started, no_pictures, tmp_path, capsys):
     options = ["--dataset", "dtd", "--methods", "coop", "sotglp", "zero_shot", "--seeds", "1", "--shots", "16", "8"]
     run(tmp_path, *options)
     sixteen, eight = capsys.readouterr().out.split("dtd, 8 shots, model ViT-B/16")
@@ -145,7 +204,7 @@ def test_the_papers_column_stands_beside_vit_b16_at_16_shots_alone(started, tmp_
     assert {name for name, *_ in started} == {"train.py"}                # no OOD sets go with DTD
 
 
-def test_tables_with_other_options_stand_side_by_side(started, tmp_path):
+def test_tables_with_other_options_stand_side_by_side(started, no_pictures, tmp_path):
     run(tmp_path, "--methods", "coop", "--seeds", "1", "--epochs", "7")
     run(tmp_path, "--methods", "coop", "--seeds", "1", "--model", "ViT-B/32")
     run(tmp_path, "--methods", "coop", "--seeds", "1")
@@ -162,7 +221,7 @@ def test_a_run_with_other_options_is_refused_before_anything_starts(name, value,
     result = json.loads(path.read_text())
     path.write_text(json.dumps({**result, name: {**result[name], **value} if name == "config" else value}))
     started.clear()
-    with pytest.raises(SystemExit, match=rf"holds a run with other options \({complaint}\): --output-dir .*-2 leaves"):
+    with pytest.raises(SystemExit, match=rf"holds another run \({complaint}\): --output-dir .*-2 leaves"):
         run(tmp_path, "--methods", "sotglp", "coop", "--seeds", "1")
     assert started == []
 
@@ -174,11 +233,11 @@ def test_a_table_of_ood_with_other_options_is_refused(name, value, complaint, st
     run(tmp_path, "--methods", "coop", "--seeds", "1")
     path = tmp_path / "coop-critters-16shot-seed1/ood.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
-    with pytest.raises(SystemExit, match=r"ood.json was made with other options \(" + complaint):
+    with pytest.raises(SystemExit, match=r"ood.json was made otherwise \(" + complaint):
         run(tmp_path, "--methods", "coop", "--seeds", "1")
 
 
-def test_a_table_of_ood_that_was_not_asked_for_is_not_shown(started, tmp_path, capsys):
+def test_a_table_of_ood_that_was_not_asked_for_is_not_shown(started, no_pictures, tmp_path, capsys):
     # no OOD sets go with DTD; the user scored one run against pictures of her own
     options = ("--dataset", "dtd", "--methods", "coop", "--seeds", "1", "2")
     run(tmp_path, *options)
@@ -194,7 +253,13 @@ def test_options_are_the_same_for_all_rows_or_refused(started, tmp_path, capsys)
     for options, complaint in ((["--sampler", "proportional"], "the linear probe has no --sampler"),
                                (["--seed", "7"], "--seed would be the same for all rows and seeds"),
                                (["--method=coop"], "--method would be the same"),
-                               (["--seeds", "1", "1"], "--seeds must differ"),
+                               (["--seeds", "1", "1"], "--seeds has 1 more than once"),
+                               (["--shots", "1", "16", "1"], "--shots has 1 more than once"),
+                               (["--methods", "coop", "plot", "coop"], "--methods has coop more than once"),
+                               (["--dataset", "dtd", "dtd"], "--dataset has dtd more than once"),
+                               (["--methods", "linear_probe", "--lr", "1"], "the linear probe has no --lr"),
+                               (["--output-dir", ""], "--output-dir is empty"),
+                               (["--weights", "run", "--epochs", "2"], "--weights has no use for --epochs 2"),
                                (["--shots", "-1"], "--shots must not be negative"),
                                (["--methods", "zero_shot"], "zero_shot is measured by the runs of another row"),
                                (["--test-split=val", "--classes", "base"], "--classes base has no --test-split")):
@@ -213,7 +278,7 @@ def test_runs_go_where_the_user_stands(tmp_path, monkeypatch):
 
 def test_a_run_that_fails_is_named_and_the_others_are_done(started, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(ACCURACY, ("fail", 2), None)
-    with pytest.raises(SystemExit, match="1 runs failed.*\ncoop, critters, 16 shots, seed 2: error: no such luck"):
+    with pytest.raises(SystemExit, match="1 runs failed.*\ncoop, critters, 16 shots, seed 2: KeyError: 'no such luck'"):
         run(tmp_path, "--methods", "coop")
     assert [(tmp_path / f"coop-critters-16shot-seed{seed}/result.json").exists() for seed in (1, 2, 3)] == [1, 0, 1]
 
@@ -233,7 +298,7 @@ def test_ablations_stand_beside_the_full_method_paired_by_seed(started, tmp_path
     # from machine.json of the full runs: validation 56, 57, 58, so 16, 17, 18 above 40; test 51, 52, 53, 19 below
     assert rows["local branch alone"] == ["57.00", "+-", "1.00", "+17.00", "+-", "0.58", "52.00", "+-", "1.00",
                                           "-19.00", "+-", "0.00"]
-    assert {f"weight of the local branch {weight}" for weight in compare.WEIGHTS} <= {*rows}
+    assert {f"weight of the local branch {weight}" for weight in ablations.WEIGHTS} <= {*rows}
     started.clear()
     run(tmp_path, "--ablations", "--methods", "no_vv", "--seeds", "2")
     assert not started and "-20.00 +- inf ~" in capsys.readouterr().out  # one pair: nothing to judge by
@@ -264,7 +329,7 @@ def test_the_time_is_foretold_by_the_runs_that_are_finished(started, tmp_path, c
     ("n_global_8", {"n_global": 8}), ("no_dropout", {"prompt_dropout": 0}), ("epsilon_1", {"epsilon": 1}),
     ("epsilon_0.01", {"epsilon": 0.01, "n_iters": 100})])
 def test_an_ablation_changes_one_thing(row, changes):
-    base, changed = (vars(script.parse_args(options)) for options in ([], compare.ABLATIONS[row][1]))
+    base, changed = (vars(script.parse_args(options)) for options in ([], ablations.ROWS[row].options))
     assert {name: changed[name] for name in changed
             if changed[name] != base[name] and name != "output_dir"} == changes
 
@@ -272,7 +337,8 @@ def test_an_ablation_changes_one_thing(row, changes):
 def test_weights_of_a_run_agree_with_its_result(trained, tmp_path):
     run = copy(trained, tmp_path / "run")
     compare.main(compare.parse_args(["--weights", str(run), "--device", "cpu"]))
-    weights, (result, _, _) = compare.read_weights(run), read(run)
+    weights = json.loads((run / "weights.json").read_text())
+    result, _, _ = read(run)
     assert [*weights["val"]] == [*weights["test"]]                       # on what training left of the training part
     assert weights["test"]["0.25"] == weights["test"]["fused"] == result["accuracy"]
     for branch in ("global", "local"):
@@ -286,15 +352,19 @@ def test_each_weight_weighs_the_local_branch(trained, tmp_path, monkeypatch):
         return evaluate.Counts({name: score.argmax(dim=1) * len(items) for name, score in scores.items()}, None)
 
     monkeypatch.setattr(evaluate, "test", test)
-    compare.score_weights(copy(trained, tmp_path / "run"), "cpu")
-    found = compare.read_weights(tmp_path / "run")["test"]
+    ablations.score_weights(copy(trained, tmp_path / "run"), "cpu")
+    found = json.loads((tmp_path / "run/weights.json").read_text())["test"]
     assert found == {"fused": 0, "global": 0, "local": 100, "0.05": 0, "0.1": 0, "0.25": 0, "0.5": 100, "1.0": 100,
                      "2.0": 100}
 
 
-def test_every_method_has_a_row_and_every_row_a_method():
-    # the options of each row are options of train.py
-    rows = [row for rows in (compare.ROWS, compare.SLOW, compare.BASE_ROWS, compare.ABLATIONS) for row in rows.values()]
-    trained = [script.parse_args(row[1]).method for row in rows if row[1] is not None]
-    assert {*trained} <= {*METHODS}
-    assert compare.parse_args(["--methods", *METHODS]).methods == [*METHODS]       # your own ones too
+def test_every_option_of_a_row_is_one_of_train_py():
+    for row in (*compare.ROWS.values(), *compare.SLOW.values(), *compare.BASE_ROWS.values(),
+                *compare.BASE_SLOW.values(), *ablations.ROWS.values()):
+        if row.options is not None:
+            script.parse_args([*row.options])
+
+
+def test_every_method_can_be_compared():
+    for name in METHODS:
+        assert compare.parse_args(["--methods", name]).rows[name].options[:2] == ("--method", name)
