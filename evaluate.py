@@ -191,11 +191,11 @@ def accuracies_line(result):
 
 
 def evaluate_run(run, checkpoint, device, data_root=None, workers=0, split="test", csv_file=None, on=None,
-                 classes=None, amp=None):
+                 classes=None, amp=None, model_file=None):
     """Scores a run on its own test or validation split -> the fields that evaluation.json gets.
 
     csv_file: where `csv_row` of each image is written. on: another dataset, classes: "new", in place of its own.
-    amp: the precision; the run's own where None.
+    amp: the precision, model_file: the file of the CLIP; the run's own where None.
     """
     start = time.monotonic()
     config = checkpoint["config"]
@@ -204,7 +204,7 @@ def evaluate_run(run, checkpoint, device, data_root=None, workers=0, split="test
         print(f"note: {run} is read-only here: evaluation.json is not written; --csv FILE can be elsewhere",
               flush=True)
     items, class_names = runs.unseen_pictures(run, checkpoint, data_root, split, on, classes)
-    model = runs.build(run, checkpoint, device, class_names)
+    model = runs.build(run, checkpoint, device, class_names, model_file)
     if amp is None:
         amp = machine.usable_amp(config["amp"], device)
         if amp != config["amp"]:
@@ -265,7 +265,7 @@ def report_runs(args):
     results = []
     for run, checkpoint in zip(args.runs, read_alike(args.runs)):
         result = evaluate_run(run, checkpoint, args.device, args.data_root, args.workers, args.split, args.csv,
-                              args.on, args.classes, args.amp)
+                              args.on, args.classes, args.amp, args.model)
         print(f"{run}: {accuracies_line(result)}, {result['precision']}, expected calibration error "
               f"{result['calibration_error']:.2f} %", flush=True)
         results.append(result)
@@ -307,7 +307,8 @@ def parse_args(argv=None):
     add("--on", choices=sorted(data.DATASETS), metavar="NAME", help="test a RUN on the pictures of another dataset")
     add("--zero-shot", action="store_true", help="score the template; shows a wrong class order")
     add("--dataset", choices=data.DATASETS, metavar="NAME", help="for --zero-shot (critters)")
-    add("--model", help="for --zero-shot: a CLIP name or file (tiny for critters, else ViT-B/16)")
+    add("--model", help="for --zero-shot: a CLIP name or file (tiny for critters, else ViT-B/16); for a RUN: the file of "
+        "its CLIP, where it has moved")
     add("--activation", choices=clip.ACTIVATIONS, help="for --zero-shot with a file: that of its towers (quickgelu)")
     add("--template", metavar="TEXT", help="for --zero-shot: a prompt with {} for the class name (the dataset's own)")
     add("--data-root", help="folder of the datasets; for `folder` that of your pictures (the run's own, else "
@@ -328,8 +329,9 @@ def parse_args(argv=None):
 
 
 # What each kind of call uses; the first one that was asked for decides.
-USES = {"zero_shot": "dataset model activation template data_root amp", "images": "runs csv",
-        "classes": "runs csv data_root amp", "on": "runs csv data_root amp", "runs": "csv split data_root amp"}
+USES = {"zero_shot": "dataset model activation template data_root amp", "images": "runs csv model",
+        "classes": "runs csv data_root amp model", "on": "runs csv data_root amp model",
+        "runs": "csv split data_root amp model"}
 
 
 def check_together(parser, args):
@@ -353,7 +355,7 @@ def main(args):
     if args.zero_shot:
         report_zero_shot(args)
     elif args.images:
-        model = load_run(args.runs[0], args.device)
+        model = load_run(args.runs[0], args.device, args.model)
         name_files(model, args.images, args.csv, data.TEST_BATCH, args.workers)
     else:
         report_runs(args)

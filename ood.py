@@ -287,7 +287,9 @@ def parse_args(argv=None):
     add("run", nargs="?", metavar="RUN", help="a folder that train.py wrote; its own test split is ID")
     add("--zero-shot", action="store_true", help="only the rows of CLIP without learning, no RUN needed")
     add("--dataset", choices=data.DATASETS, metavar="NAME", help="for --zero-shot: whose test split is ID (critters)")
-    add("--model", help="for --zero-shot: a CLIP name or file (tiny for critters, else ViT-B/16)")
+    add("--model", help="for --zero-shot: a CLIP name or file (tiny for critters, else ViT-B/16); for a RUN: the file of "
+        "its CLIP, where it has moved")
+    add("--activation", choices=clip.ACTIVATIONS, help="for --zero-shot with a file: that of its towers (quickgelu)")
     add("--data-root", help="folder of the datasets; for ImageNet also of the OOD sets, or of ood_data with them "
         "(the run's own, else $DATA_ROOT, else ./data)")
     add("--ood-root", action="append", default=[], metavar="NAME=DIR",
@@ -307,8 +309,8 @@ def parse_args(argv=None):
     args.amp = args.amp or machine.default_amp(args.device)
     if bool(args.run) == args.zero_shot:
         parser.error("name either a RUN or --zero-shot --dataset NAME")
-    if args.run and (args.dataset or args.model):
-        parser.error("--dataset and --model are for --zero-shot: a RUN has its own")
+    if args.run and (args.dataset or args.activation):
+        parser.error("--dataset and --activation are for --zero-shot: a RUN has its own")
     args.dataset = args.dataset or "critters"
     temperature = 1.0 if args.temperature is None else args.temperature
     if not (0 < temperature < math.inf and math.isfinite(args.local_weight)):
@@ -356,8 +358,12 @@ def main(args):
     if args.temperature is None:
         args.temperature = METHODS[config["method"]].ood_temperature if args.run else 1.0
     sets, class_names = find_pictures(args, checkpoint)
-    model = runs.build(args.run, checkpoint, args.device) if args.run else None
-    clip_model = model.clip if model else clip.load(config["model"], args.device)[0]
+    if args.run:
+        model = runs.build(args.run, checkpoint, args.device, model=args.model)
+        clip_model = model.clip
+    else:
+        model = None
+        clip_model, _ = clip.load(config["model"], args.device, args.activation or "quickgelu")
     if args.amp in machine.HALF:
         clip_model.store_matrices(machine.HALF[args.amp])
     methods = make_methods(clip_model, class_names, model)

@@ -99,6 +99,7 @@ def make_parser():
     add("--data-root", metavar="DIR",
         help="folder that holds the datasets' folders ($DATA_ROOT, else ./data; for --weights the run's own)")
     add("--model", metavar="NAME", help="a CLIP name or a weights file (tiny for critters, else ViT-B/16)")
+    add("--activation", choices=clip.ACTIVATIONS, help="of a --model that is somebody's file (quickgelu)")
     add("--device", default=machine.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
     add("--output-dir", metavar="DIR",
         help="the runs are folders of it (comparison, with --ablations ablations)")
@@ -184,7 +185,7 @@ def check_together(parser, args):
 
 def check_probe(parser, args, given):
     """Ends the program where options of train.py would part the linear probe from the other rows."""
-    lacks = [name for name in ("--sampler", "--test-split", "--held-out", "--template", "--activation")
+    lacks = [name for name in ("--sampler", "--test-split", "--held-out", "--template")
              if name in given]
     if not {*args.methods} - {"linear_probe", "zero_shot"}:
         lacks = given                                      # why: there is no run of train.py that has them

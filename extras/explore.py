@@ -135,7 +135,7 @@ def main(args):
     """Computes the numbers of the pictures, writes the page and says where."""
     machine.use_device(args.device)
     checkpoint = runs.read_checkpoint(args.run)
-    model = runs.build(args.run, checkpoint, args.device)
+    model = runs.build(args.run, checkpoint, args.device, model=args.model)
     with torch.no_grad():
         text_features = model.encode_prompts()
     pictures = [look(model, text_features, image, path, truth)

@@ -142,6 +142,8 @@ def shared_options(args, dataset, shots, seed):
     options += ["--seed", str(seed), "--split-seed", str(args.split_seed)]
     if args.model:
         options += ["--model", args.model]
+    if args.activation:
+        options += ["--activation", args.activation]
     return options + place(args, dataset)
 
 

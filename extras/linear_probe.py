@@ -40,6 +40,8 @@ def parse_args(argv=None):
     add("--dataset", choices=data.DATASETS, metavar="NAME", default="critters", help="critters needs no files (%(default)s)")
     add("--data-root", help="folder that holds the datasets' folders ($DATA_ROOT, else ./data)")
     add("--model", help="a CLIP name or a weights file (tiny for critters, else ViT-B/16)")
+    add("--activation", choices=clip.ACTIVATIONS, default="quickgelu",
+        help="of a --model that is somebody's file; weights do not show it (%(default)s)")
     add("--shots", type=int, default=16, help="training images per class (%(default)s)")
     add("--seed", type=int, default=1, help="names the run; nothing here is random but the draw (%(default)s)")
     add("--split-seed", type=int, default=1, help="draws the shots (%(default)s)")
@@ -60,7 +62,7 @@ def parse_args(argv=None):
 def configuration(args):
     """The options that belong to a run, and what the loop of train.py would have: what result.json names."""
     return {**{name: value for name, value in vars(args).items() if name != "overwrite"}, "method": "linear_probe",
-            "classes": "all", "sampler": "exact", "held_out": None, "activation": "quickgelu", "amp": "off",
+            "classes": "all", "sampler": "exact", "held_out": None, "amp": "off",
             "test_split": "test"}
 
 
@@ -79,7 +81,7 @@ def main(args):
         raise ValueError(f"{args.dataset} has no validation images, on which the linear probe chooses its penalty")
     if data.DATASETS[args.dataset].as_people_see:
         data.check_pictures(train + val + test)
-    clip_model, _ = clip.load(args.model, args.device)
+    clip_model, _ = clip.load(args.model, args.device, args.activation)
     ZeroShot(clip_model, class_names, data.template(args.dataset))    # why: names too long for it fail here
 
     with places.lock(folder):

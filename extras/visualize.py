@@ -30,6 +30,7 @@ from harness import machine, runs
 from harness.parser import Parser
 from clip.loader import MEAN, STD
 from methods.variants import IndependentTopK
+from sources.listing import normal
 from sotglp import SOTGLP, check_support, mean_of_pairs, saliency, sparse_transport
 
 WIDE, SMALL, GAP = 448, 336, 16        # sides of the panels in pixels: three wide or four small ones fill a row,
@@ -375,9 +376,12 @@ def streams(model, text_features, image, name, truth=None, label=None):
     return sheet(f"{name}, with the prompts of \"{model.class_names[label]}\"", parts)
 
 
-def training_batch(name, config, items):
-    """The first batch that a run of this configuration sees of its training items, cropped and flipped at random."""
-    _, preprocess = clip.load(config["model"])
+def training_batch(name, config, items, model=None):
+    """The first batch that a run of this configuration sees of its training items, cropped and flipped at random.
+
+    model: the file of its CLIP, where it has moved.
+    """
+    _, preprocess = clip.load(runs.model_file(name, config, model), activation=config["activation"])
     pictures = data.Pictures(items, data.train_transform(preprocess), config["seed"],
                              data.DATASETS[config["dataset"]].as_people_see)
     batch = next(iter(data.Batches(len(items), config["batch_size"], config["seed"])))   # (epoch, i) of each picture
@@ -446,6 +450,7 @@ def picture_options(parser):
     add = parser.add_argument
     add("--count", type=int, default=8, help="pictures of the split, at equal distances (%(default)s)")
     add("--data-root", help="folder of the datasets (the run's own)")
+    add("--model", metavar="FILE", help="the file of the run's CLIP, where it has moved")
     add("--device", default=machine.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
 
 
@@ -513,13 +518,15 @@ def main(args):
     checkpoint = runs.read_checkpoint(run)
     config, class_names = checkpoint["config"], checkpoint["class_names"]
     if args.batch:
-        return save("batch", training_batch(run, config, run_items(run, checkpoint, args.data_root, "train")))
+        return save("batch", training_batch(run, config, run_items(run, checkpoint, args.data_root, "train"),
+                                           args.model))
+    args.class_name = args.class_name and normal(args.class_name)
     if args.class_name not in (None, *class_names):
         near = difflib.get_close_matches(args.class_name, class_names, cutoff=0)
         raise ValueError(f"--class {args.class_name!r} is none of the {len(class_names)} classes of {run}; near: "
                          + ", ".join(map(repr, near)))
     label = class_names.index(args.class_name) if args.class_name else None
-    model = runs.build(run, checkpoint, args.device)
+    model = runs.build(run, checkpoint, args.device, model=args.model)
     changed = look_otherwise(model, {name: getattr(args, name) for name in ("n_support", "epsilon", "n_iters")})
     with torch.no_grad():
         text_features = model.encode_prompts()
@@ -527,6 +534,7 @@ def main(args):
     kind = "-".join([kind, *(f"{name.replace('_', '-')}{value:g}" for name, value in changed.items())])
     for i, (path, truth, image) in enumerate(chosen(run, checkpoint, model, args), 1):
         name = re.sub(r"[^\w.]+", "-", "-".join(Path(path).with_suffix("").parts[-3:])).strip("-")
+        name = name.encode()[-180:].decode(errors="ignore")      # why: a file's name has 255 bytes at most
         told = ", ".join([path, *(f"{name} {value:g} in place of {config[name]:g}" for name, value in changed.items())])
         save(f"{kind}-{i}-{name}", draw(model, text_features, image, told, truth, label))
 

@@ -27,7 +27,9 @@ def saved_options(run):
 def fill_in(args, defaults, is_new=True):
     """Puts in what depends on other options or on the machine; is_new: the run does not go on."""
     args.device = machine.default_device() if args.device is None else args.device
-    args.model = clip.full_name(args.model or machine.default_model(args.dataset))
+    with machine.plain_errors():
+        own = args.model or machine.default_model(args.dataset)
+        args.model = clip.full_name(own if is_new else runs.model_file(args.output_dir, vars(args)))
     args.amp = args.amp or machine.default_amp(args.device)
     if is_new:
         with machine.plain_errors():

@@ -30,6 +30,7 @@ import data
 from clip.weights import check_archive, is_memory
 from harness import places
 from methods import METHODS, OPTIONS
+from sources.listing import normal
 
 # What last.pt contains; training: the paths of the training pictures below the root.
 CHECKPOINT = {"learned": dict, "optimizer": dict, "scaler": dict, "config": dict, "class_names": list, "data": dict,
@@ -47,26 +48,50 @@ IGNORED_WHEN_COMPARING = {"data_root", "output_dir", "device", "workers", "amp",
 
 # ---- from a folder to a model --------------------------------------------------------------------------------
 
-def load_run(run, device="cpu"):
+def load_run(run, device="cpu", model=None):
     """A run's folder -> its model with the learned prompts, in evaluation mode.
 
-    Raises FileNotFoundError where there is no run, ValueError where its CLIP is not the one it was trained with.
+    model: the file of its CLIP, where it has moved. Raises FileNotFoundError where there is no run or no CLIP,
+    ValueError where its CLIP is not the one it was trained with.
     """
-    return build(run, read_checkpoint(run), device)
+    return build(run, read_checkpoint(run), device, model=model)
 
 
-def build(run, checkpoint, device="cpu", class_names=None):
-    """The model of a run whose checkpoint is at hand, for its own classes or for others.
+def build(run, checkpoint, device="cpu", class_names=None, model=None):
+    """The model of a run whose checkpoint is at hand, for its own classes or for others; model: as in `load_run`.
 
     Raises ValueError where the classes are others and prompts of the run belong to its own ones.
     """
-    clip_model, _ = clip.load(checkpoint["config"]["model"], device, checkpoint["config"]["activation"])
+    config = checkpoint["config"]
+    clip_model, _ = clip.load(model_file(run, config, model), device, config["activation"])
     class_names = class_names or checkpoint["class_names"]
     model = make_model(clip_model, class_names, checkpoint["config"])
     if class_names != checkpoint["class_names"]:
         check_shared(model, run)
     restore(run, checkpoint, model, clip.weights_hash(clip_model))
     return model.eval()
+
+
+def model_file(run, config, given=None):
+    """The name or the file of a run's CLIP: the one given, else its own, else a file of that name in or beside the run.
+
+    Raises FileNotFoundError where there is none. `restore` proves by its hash that it is the right one.
+    """
+    own = config["model"]
+    if given or is_known(own) or os.path.isfile(own):
+        return given or own
+    file = normal(own).split("/")[-1]                      # why: the run may come from Windows
+    for folder in (Path(run), Path(run).absolute().parent):
+        if (folder / file).is_file():
+            return str(folder / file)
+    raise FileNotFoundError(f"{run} was trained with the weights {own}, which are not there, and {file} lies neither "
+                            f"in {run} nor beside it: put it there, or name it by --model FILE (in Python "
+                            "load_run(RUN, model=FILE))")
+
+
+def is_known(model):
+    """Whether a model has a name of its own, and is not somebody's file."""
+    return clip.full_name(model) in clip.available_models()
 
 
 def make_model(clip_model, class_names, config, ranks=(0, 1)):
@@ -80,7 +105,8 @@ def restore(run, checkpoint, model, clip_sha256):
     """Puts the learned tensors of a checkpoint into a model. Raises ValueError where they do not belong together."""
     if checkpoint["clip_sha256"] != clip_sha256:
         raise ValueError(f"{run} was trained with other CLIP weights: those of {checkpoint['config']['model']} have "
-                         f"SHA-256 {clip_sha256[:12]}... now, {checkpoint['clip_sha256'][:12]}... then")
+                         f"SHA-256 {clip_sha256[:12]}... now, {checkpoint['clip_sha256'][:12]}... then. --model FILE "
+                         "names others")
     learned = model.learned_state()
     if {name: p.shape for name, p in learned.items()} != {name: p.shape for name, p in checkpoint["learned"].items()}:
         raise ValueError(f"{run}/last.pt does not hold the tensors that its configuration asks for: "
@@ -124,7 +150,8 @@ def read_checkpoint(run):
         wrong += [f"option {name}" for name in (*CONFIGURATION, *OPTIONS.get(str(method), ())) if name not in config]
     if wrong:
         raise ValueError(f"{path} is damaged, or is not a file of this program: it has no readable {', '.join(wrong)}")
-    return checkpoint
+    # why: it may have been written on another system
+    return {**checkpoint, **{name: [normal(text) for text in checkpoint[name]] for name in ("class_names", "training")}}
 
 
 def read_log(run):
@@ -176,8 +203,10 @@ def check_free(folder, config, resume=False, overwrite=False):
         return check_foreign(folder)
     before = (read_checkpoint(folder) if goes_on else read_result(folder))["config"]
     differs = changes(before, config)
-    if config["dataset"] == "folder" and before["data_root"] != config["data_root"]:
-        differs.append(f"data_root was {before['data_root']}, is {config['data_root']}")
+    for name in ("data_root", "model") if config["dataset"] == "folder" else ("model",):
+        text = f"{name} was {before[name]}, is {config[name]}"
+        if before[name] != config[name] and text not in differs:
+            differs.append(text)
     others = f"--output-dir {unused(folder)} leaves it alone, --overwrite replaces it"
     if differs:
         raise ValueError(f"{folder} holds a run already, with other options ({'; '.join(differs)}): {others}")
@@ -213,9 +242,14 @@ def holds_run(folder):
 # ---- what must agree -----------------------------------------------------------------------------------------
 
 def changes(before, now):
-    """The options in which two configurations differ, without those in IGNORED_WHEN_COMPARING: a list of texts."""
-    return [f"{name} was {before.get(name)}, is {now[name]}" for name in now
-            if name not in IGNORED_WHEN_COMPARING and before.get(name) != now[name]]
+    """The options in which two configurations differ, without those in IGNORED_WHEN_COMPARING: a list of texts.
+
+    why not two files of weights: they are compared by their content, wherever they lie.
+    """
+    differs = [name for name in now if name not in IGNORED_WHEN_COMPARING and before.get(name) != now[name]]
+    if "model" in differs and not (is_known(before["model"]) or is_known(now["model"])):
+        differs.remove("model")
+    return [f"{name} was {before.get(name)}, is {now[name]}" for name in differs]
 
 
 def is_variant(config):
@@ -234,8 +268,8 @@ def comparable(value):
 
 
 def relative_path(path, root):
-    """An item's path below the root. Drawn pictures have no root."""
-    return os.path.relpath(path, os.path.abspath(os.path.expanduser(root))) if os.path.isabs(path) else path
+    """An item's path below the root, in its normal form. Drawn pictures have no root."""
+    return normal(os.path.relpath(path, os.path.abspath(os.path.expanduser(root)))) if os.path.isabs(path) else path
 
 
 def digest(items, root):

@@ -228,7 +228,7 @@ def test_what_is_no_run_is_named(tmp_path):
     ((), "name at least one RUN"), (("--dataset", "critters"), "name at least one RUN"),
     (("--images", "c.png"), "name at least one RUN"), (("a", "b", "--images", "c.png"), "exactly one RUN"),
     (("a", "b", "--csv", "c.csv"), "exactly one RUN"), (("a", "--csv", ""), "--csv is empty"),
-    (("a", "--dataset", "dtd", "--model", "tiny"), "with RUN there is no use for --dataset, --model"),
+    (("a", "--dataset", "dtd", "--template", "a {}"), "with RUN there is no use for --dataset, --template"),
     (("a", "--images", "c.png", "--split", "val", "--data-root", "d"), "no use for --split, --data-root"),
     (("a", "--zero-shot"), "with --zero-shot there is no use for RUN")])
 def test_arguments_that_do_not_go_together_are_refused(arguments, complaint, capsys):
