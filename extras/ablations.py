@@ -121,8 +121,8 @@ def print_ablations(args, table, jobs):
     """
     print("\nMean and standard deviation over the seeds; the difference to the full method, paired by seed, "
           "with its standard\nerror; ~ not larger than twice that. Validation shots judge, the test is "
-          "shown. Last column: the paper's differences,\naccuracy on eleven datasets (Table 2), AUROC on ImageNet "
-          "(Table 3).")
+          "shown. Last column: the paper's differences,\naccuracy on eleven datasets (Table 2), AUROC on "
+          "ImageNet (Table 3).")
     for (dataset, shots), rows in table.items():
         folders = [job.folder for job in jobs if job[:3] == ("full", dataset, shots)]
         print(f"\n{heading(args, dataset, shots)}")

@@ -56,6 +56,7 @@ class Job(NamedTuple):
 
 def make_jobs(args):
     """All runs that a table needs. Raises ValueError where two of its rows are one run."""
+    has_ood_sets.cache_clear()                             # why: files may have changed since
     jobs = []
     for dataset in args.dataset:
         for shots in args.shots:

@@ -26,6 +26,8 @@ def check_finished(jobs, threads):
 
     threads: how many a run has here, on a CPU; 0 on a GPU, where they matter little. why: times are compared.
     """
+    for cached in (read_lists, weights_hash):
+        cached.cache_clear()                               # why: files may have changed since
     for job in jobs:
         if job.is_trained:
             check_run(job, threads)

@@ -5,22 +5,16 @@ Most runs are pretended; the tests of how commands end start small programs.
 
 import argparse
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-import data
 import evaluate
 import train as script
-from conftest import PROJECT, copy, read
-from extras import ablations, children, compare, jobs, linear_probe, reuse
-from harness import runs
+from conftest import copy, read
+from extras import ablations, children, compare, linear_probe, reuse
 from harness.configuration import configuration
 from methods import METHODS
 
@@ -78,22 +72,24 @@ def report(folder, config, env, accuracy, **more):
         "seconds": 60.0, "learned_parameters": 2048, "threads": int(env["OMP_NUM_THREADS"]), **more})
 
 
-def job_in(folder):
+def job_in(folder, options):
     """As much of a `Job` as `reuse.expected_fields` reads."""
     config = json.loads((folder / "result.json").read_text())["config"]
+    if "--data-root" in options:
+        config["data_root"] = options[options.index("--data-root") + 1]
     return argparse.Namespace(folder=folder, config=config, dataset=config["dataset"])
 
 
 def score_ood(options, stdout, env):
     folder = Path(options[0])
     table = {row: {"near": {"auroc": 1.0}, "mean": {"auroc": value}} for row, value in AUROC.items()}
-    write(folder / "ood.json", {**reuse.expected_fields(job_in(folder), "ood.json"), "table": table})
+    write(folder / "ood.json", {**reuse.expected_fields(job_in(folder, options), "ood.json"), "table": table})
 
 
 def score_new(options, stdout, env):
     folder = Path(options[0])
     result = json.loads((folder / "result.json").read_text())
-    write(folder / "evaluation-new.json", {**reuse.expected_fields(job_in(folder), "evaluation-new.json"),
+    write(folder / "evaluation-new.json", {**reuse.expected_fields(job_in(folder, options), "evaluation-new.json"),
                                            "accuracy": result["accuracy"] - 20, "zero_shot_accuracy": 41.0})
 
 
@@ -102,7 +98,7 @@ def weigh(options, stdout, env):
     seed = int(folder.name[-1])
     test = {score: 50.0 + seed for score in ("fused", "global", "local", *map(str, ablations.WEIGHTS))}
     val = {**{score: value + 5 for score, value in test.items()}, "fused": 40.0}
-    write(folder / "weights.json", {**reuse.expected_fields(job_in(folder), "weights.json"), "val": val, "test": test})
+    write(folder / "weights.json", {**reuse.expected_fields(job_in(folder, options), "weights.json"), "val": val, "test": test})
 
 
 def run(folder, *options):
@@ -228,13 +224,81 @@ def test_a_run_with_other_options_is_refused_before_anything_starts(name, value,
 
 @pytest.mark.parametrize("name, value, complaint", [
     ("temperature", 1000.0, r"temperature 1000\.0, here 1\.0"), ("local_weight", 0.5, r"local_weight 0\.5, here 1\.0"),
-    ("ood_root", {"near": "/mine"}, r"ood_root {'near': '/mine'}, here {}")])
+    ("ood_root", {"near": "/mine"}, r"ood_root {'near': '/mine'}, here {}"), ("data", {}, "other pictures")])
 def test_a_table_of_ood_with_other_options_is_refused(name, value, complaint, started, tmp_path):
     run(tmp_path, "--methods", "coop", "--seeds", "1")
     path = tmp_path / "coop-critters-16shot-seed1/ood.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
     with pytest.raises(SystemExit, match=r"ood.json was made otherwise \(" + complaint):
         run(tmp_path, "--methods", "coop", "--seeds", "1")
+
+
+@pytest.fixture
+def mine(pictures, tmp_path):
+    """A copy of the pictures, to be moved and changed."""
+    return Path(shutil.copytree(pictures, tmp_path / "first/mine"))
+
+
+def on_mine(root, *options):
+    """The options of one run on one's own pictures."""
+    return ("--dataset", "folder", "--data-root", str(root), "--model", "tiny", "--methods", "coop", "--seeds", "1",
+            "--shots", "2", *options)
+
+
+def test_a_run_on_other_pictures_is_refused(started, mine, tmp_path):
+    run(tmp_path / "out", *on_mine(mine))
+    other = shutil.copytree(mine, tmp_path / "second/mine")
+    run(tmp_path / "out", *on_mine(other))                 # the same pictures at another place
+    assert len(started) == 1
+    (other / "test/sea/1.png").unlink()
+    with pytest.raises(SystemExit, match=r"mine-tiny-2shot-seed1 holds another run \(it has other pictures\)"):
+        run(tmp_path / "out", *on_mine(other))
+    (mine / "classnames.txt").write_text("red_clay red earth\nsea lake\nwood oak\n")
+    with pytest.raises(SystemExit, match=r"\(it has other class names\)"):
+        run(tmp_path / "out", *on_mine(mine))
+    assert len(started) == 1
+
+
+def test_a_run_with_other_weights_is_refused(started, tmp_path, monkeypatch):
+    run(tmp_path, "--methods", "linear_probe", "--seeds", "1")
+    monkeypatch.setattr(reuse, "made_from", lambda config, made=reuse.made_from: {**made(config), "clip_sha256": "b"})
+    with pytest.raises(SystemExit, match=r"holds another run \(it has other CLIP weights\)"):
+        run(tmp_path, "--methods", "linear_probe", "--seeds", "1")
+    path = tmp_path / "linear_probe-critters-16shot-seed1/result.json"
+    result = json.loads(path.read_text())
+    del result["clip_sha256"]
+    path.write_text(json.dumps(result))
+    with pytest.raises(SystemExit, match="it does not say which CLIP weights it has"):
+        run(tmp_path, "--methods", "linear_probe", "--seeds", "1")
+
+
+def test_every_command_of_a_row_finds_data_that_moved(started, mine, tmp_path):
+    options = ("--classes", "base")
+    run(tmp_path / "out", *on_mine(mine, *options))
+    (tmp_path / "out/coop-folder-mine-tiny-base-2shot-seed1/evaluation-new.json").unlink()
+    moved = mine.rename(tmp_path / "mine")
+    started.clear()
+    run(tmp_path / "out", *on_mine(moved, *options))
+    (command, *words), = started
+    assert command == "evaluate.py" and words[words.index("--data-root") + 1] == str(moved)
+    run(tmp_path / "out", *on_mine(moved, "--ablations", "--methods", "full"))
+    for command in started:
+        assert command[command.index("--data-root") + 1] == str(moved)
+
+
+def test_results_among_class_folders_are_refused(started, mine):
+    shutil.rmtree(mine / "test")
+    with pytest.raises(SystemExit, match="whose folders are classes: name an --output-dir elsewhere"):
+        run(mine / "train/out", *on_mine(mine / "train"))
+    assert not started and not (mine / "train/out").exists()
+
+
+def test_two_rows_are_never_one_run_and_keep_their_own_options(started, tmp_path):
+    with pytest.raises(SystemExit, match="the rows coop and coop_class_specific are one run with these options"):
+        run(tmp_path, "--methods", "coop", "coop_class_specific", "--class-specific")
+    run(tmp_path, "--ablations", "--methods", "support_5", "--n-support", "7", "--seeds", "1")
+    trained = [script.parse_args(command[1:]) for command in started if command[0] == "train.py"]
+    assert [args.n_support for args in trained] == [7, 5]
 
 
 def test_a_table_of_ood_that_was_not_asked_for_is_not_shown(started, no_pictures, tmp_path, capsys):
@@ -343,6 +407,19 @@ def test_weights_of_a_run_agree_with_its_result(trained, tmp_path):
     assert weights["test"]["0.25"] == weights["test"]["fused"] == result["accuracy"]
     for branch in ("global", "local"):
         assert weights["test"][branch] == result[f"{branch}_accuracy"]
+
+
+def test_weights_are_those_of_the_classes_and_pictures_of_the_run(trained, mine, tmp_path, capsys):
+    training = read(trained)[2]["training"]
+    folder = copy(trained, tmp_path / "run", training=[*training, "test/sea/1.png"])
+    options = ["--weights", str(folder), "--device", "cpu", "--data-root", str(mine)]
+    compare.main(compare.parse_args(options))
+    assert "was trained on 1 of the 7 test pictures of today" in capsys.readouterr().out
+    assert json.loads((folder / "weights.json").read_text())["data"]["test"][0] == 6
+    for part in ("train", "test"):
+        shutil.copytree(mine / part / "sea", mine / part / "zoo")
+    with pytest.raises(SystemExit, match="was trained for other classes: label 3 of 3 was None"):
+        compare.main(compare.parse_args(options))
 
 
 def test_each_weight_weighs_the_local_branch(trained, tmp_path, monkeypatch):

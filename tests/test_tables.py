@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 
 import pytest
 
@@ -104,6 +106,65 @@ def test_the_released_recipe_is_one_configuration_on_all_datasets(tmp_path, caps
     assert table(tmp_path, capsys)[0]["average"][-1] == "80.00"
     result(tmp_path / "c", "ucf101", 80.0, method="released", lr=0.1)
     assert "(lr was the recipe's, is 0.1)" in table(tmp_path, capsys)[2]
+
+
+def change(folder, **fields):
+    """Changes fields of a result.json; those that are None go."""
+    found = {**json.loads((folder / "result.json").read_text()), **fields}
+    (folder / "result.json").write_text(json.dumps({name: value for name, value in found.items() if value is not None}))
+
+
+def test_a_linear_probe_of_another_model_has_a_column(tmp_path, capsys):
+    result(tmp_path / "a", accuracy=90.0)
+    result(tmp_path / "b", accuracy=80.0, method="coop")
+    change(tmp_path / "b", model="ViT-B/32", split_matches_published=None,
+           config={"method": "linear_probe", "classes": "all", "dataset": "eurosat"})
+    table_1, _, printed = table(tmp_path, capsys)
+    assert table_1["eurosat"][-2:] == ["90.00", "80.00"] and "our linear_probe" in printed
+
+
+def test_runs_on_other_pictures_are_not_averaged(tmp_path, capsys):
+    for seed, (data, published) in enumerate(((["a"], True), (["a"], True), (["b"], True), (["a"], False)), 1):
+        result(tmp_path / str(seed), accuracy=90.0 + seed, seed=seed, published=published)
+        change(tmp_path / str(seed), data=data)
+    table_1, _, printed = table(tmp_path, capsys)
+    assert table_1["eurosat"][-3] == "91.50"                             # of 91 and 92
+    assert f"left out: {tmp_path}/3 (other pictures)" in printed
+    assert f"left out: {tmp_path}/4 (another split file)" in printed
+
+
+@pytest.mark.parametrize("fields, complaint", [
+    ({"config": []}, "no readable config"), ({"config": {}}, "no readable option method, option dataset, option"),
+    ({"config": {"method": ["coop"], "dataset": "dtd", "classes": "all"}}, "no readable option method"),
+    ({"accuracy": "90"}, "no readable accuracy"), ({"accuracy": float("nan")}, "no readable accuracy in percent"),
+    ({"shots": "16"}, "no readable shots"), ({"seed": None}, "no readable seed"), ({"model": 7}, "no readable model")])
+def test_a_damaged_result_is_named(fields, complaint, tmp_path):
+    result(tmp_path / "a")
+    change(tmp_path / "a", **fields)
+    with pytest.raises(SystemExit, match=f"{tmp_path}/a/result.json is damaged, or is not a file .* it has {complaint}"):
+        tables.main(tables.parse_args([str(tmp_path), "--device", "cpu"]))
+
+
+def test_a_run_that_is_older_than_an_option_counts(tmp_path, capsys):
+    result(tmp_path / "a", accuracy=90.0)
+    config = json.loads((tmp_path / "a/result.json").read_text())["config"]
+    change(tmp_path / "a", config={name: value for name, value in config.items() if name != "epsilon"})
+    assert table(tmp_path, capsys)[0]["eurosat"][-1] == "90.00"
+
+
+def test_a_table_of_the_users_is_not_replaced(tmp_path, capsys):
+    result(tmp_path / "a")
+    table(tmp_path, capsys)
+    table(tmp_path, capsys)                                              # its own is
+    path = tmp_path / "table.csv"
+    for make in (lambda: path.write_text("dataset,mine\n"), lambda: path.write_bytes(b"\xff"), path.mkdir,
+                 lambda: path.symlink_to(tmp_path / "a/result.json"), lambda: os.mkfifo(path)):
+        shutil.rmtree(path, ignore_errors=True)
+        path.unlink(missing_ok=True)
+        make()
+        with pytest.raises(SystemExit, match=f"{path} is no table of this program"):
+            table(tmp_path, capsys)
+        assert capsys.readouterr().out == "" and os.path.lexists(path)
 
 
 def test_a_table_of_nothing_says_so(tmp_path, capsys):
