@@ -2,7 +2,7 @@
 
     python -m extras.bench                        the table, about ten minutes on one core
     python -m extras.bench --quick                10 classes, batch 4, without the plain form: two minutes
-    python -m extras.bench --device cuda          on a GPU, each precision
+    python -m extras.bench --device cuda          on a GPU, each precision, up to 1000 classes
     python -m extras.bench --against ../other     the same on another checkout of this project, and the ratio
 
 ViT-B/16 sizes with random weights, one process; medians of repeats that take turns. On a CPU one thread, float32.
@@ -59,12 +59,13 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import clip                                   # noqa: E402
 import data                                   # noqa: E402
+from clip.prompts import ClassTexts           # noqa: E402
+from harness import machine                   # noqa: E402
 from sinkhorn import sinkhorn                 # noqa: E402
-from clip.prompts import ClassTexts  # noqa: E402
 from sotglp import SOTGLP, draw_prompts, local_logits, objective, project  # noqa: E402
 
 torch.set_num_threads(1)
-DEVICE = torch.device(args.device)
+DEVICE = machine.use_device(args.device)
 HALF = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = ["annual crop land", "forest", "herbaceous vegetation land", "highway or road", "industrial buildings",
          "pasture land", "permanent crop land", "residential buildings", "river", "sea or lake"]
@@ -266,7 +267,7 @@ def measure():
     if not args.quick:
         table |= race(tricks(clip_model, small, four[0]), args.repeats)
     if DEVICE.type == "cuda":
-        return table | precisions(batch(32, 10))
+        return table | gpu_steps()
     if not args.quick:
         table["peak memory of a step C=10 B=4, MiB, plain"] = peak_of_a_step("plain")
     table["peak memory of a step C=10 B=4, MiB"] = peak_of_a_step("ours")
@@ -345,25 +346,50 @@ def costs(clip_model):
     return table | {f"images B={B}, GFLOP": B * image for B in (4, 32, 128)}
 
 
-def precisions(many):
-    """A step C = 10, B = 32 on a GPU in each precision: seconds, and MiB above what the weights take."""
+def gpu_steps():
+    """Steps of batch 32 on a GPU, for few and many classes, in each precision."""
     table = {}
-    for name, dtype in HALF.items():
-        model = SOTGLP(vit_b16(), NAMES).train()
-        if dtype:
-            model.clip.store_matrices(dtype)
-
-        def mixed_step():
-            with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
-                g, l = model(*many[:2])
-            objective(g, l, many[2]).backward()
-
-        table |= take_turns({f"step C=10 B=32, {name}": mixed_step}, args.repeats)
-        weights = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        mixed_step()
-        table[f"peak memory of a step C=10 B=32, MiB, {name}"] = (torch.cuda.max_memory_allocated() - weights) / 2**20
+    for C in (10,) if args.quick else (10, 100, 1000):
+        names = NAMES if C == 10 else [f"{name} {i}" for name in NAMES for i in range(C // 10)]
+        for precision, dtype in HALF.items():
+            table |= gpu_step(names, dtype, f"step C={C} B=32, {precision}")
     return table
+
+
+def gpu_step(names, dtype, what):
+    """How long a step takes, and how long its kernels take to issue; how many they are; memory above the weights."""
+    model = SOTGLP(vit_b16(), names, text_chunk=1000).train()
+    if dtype:
+        model.clip.store_matrices(dtype)
+    images, kept, labels = batch(32, len(names))
+
+    def mixed_step():
+        with torch.autocast(DEVICE.type, dtype=dtype, enabled=dtype is not None):
+            g, l = model(images, kept)
+        objective(g, l, labels).backward()
+
+    seconds = take_turns({what: mixed_step}, args.repeats)[what]
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    mixed_step()
+    issued = time.perf_counter() - start
+    torch.cuda.synchronize()
+
+    weights = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    mixed_step()
+    peak = torch.cuda.max_memory_allocated() - weights
+    return {f"{what}, ms": 1000 * seconds, f"{what}, ms of issuing": 1000 * issued,
+            f"{what}, kernels": kernels(mixed_step), f"{what}, peak MiB": peak / 2**20}
+
+
+def kernels(function):
+    """How many kernels and copies a function starts on a GPU."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        function()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
 
 def hundred_classes(clip_model):

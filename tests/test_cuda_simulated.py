@@ -57,14 +57,19 @@ def forward(model, amp, images, labels):
     return outputs, loss, terms
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("amp", ("fp16", "bf16"))
+# why few in bf16: the operations are those of fp16
+BOTH = ("sotglp", "promptot")
+EVERY = [(name, "fp16") for name in METHODS] + [(name, "bf16") for name in BOTH]
+EVERY += [pytest.param(name, "bf16", marks=pytest.mark.slow) for name in METHODS if name not in BOTH]
+
+
+@pytest.mark.parametrize("name, amp", EVERY)
 def test_training_test_and_ood_scores_run_on_a_gpu(name, amp, gpu):
     model = make(name, amp).train()
     images, labels = batch(name)
     gpu.waits.clear()
     outputs, loss, terms = forward(model, amp, images, labels)
-    if amp == "fp16":                                    # why not both: the other one has the same operations
+    if amp == "fp16":
         loss.backward()
         assert all(is_float32(p.grad) for p in model.parameters() if p.requires_grad)
     assert gpu.waits == []
@@ -131,4 +136,4 @@ def test_a_step_launches_no_more_kernels_than_it_needs(gpu):
         counts.append(gpu.launches.total())
     launches = counts[0] + 10 * (counts[1] - counts[0])
     print(f"{launches} launches in a step of SOT-GLP, 12 blocks, 10 classes")
-    assert launches <= 2050
+    assert launches <= 1000

@@ -20,13 +20,13 @@ def uninitialised():
     torch.use_deterministic_algorithms(False)
 
 
-def trained_weights(factors):
+def trained_weights(factors, device="cpu"):
     """The weights after a step for each factor of the loss, by the optimizer that a GPU has; inf: an overflow."""
     torch.manual_seed(0)
-    layer, inputs = nn.Linear(3, 2), torch.rand(4, 3)
+    layer, inputs = nn.Linear(3, 2).to(device), torch.rand(4, 3).to(device)
     args = argparse.Namespace(lr=0.1, weight_decay=0.01, amp="off")
     optimizer, _ = script.make_optimizer(layer, args, torch.device("cuda"))
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler = torch.amp.GradScaler(device, init_scale=8.0)
     for factor in factors:
         optimizer.zero_grad()
         scaler.scale(factor * layer(inputs).sum()).backward()

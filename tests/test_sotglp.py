@@ -739,3 +739,20 @@ def test_diagnostics_are_those_of_the_models_features_and_options(model):
         torch.testing.assert_close(found[name], expected.detach())
         assert not found[name].requires_grad and len({*found[name].tolist()}) > 1
     assert all(len(value) == 0 for value in model.diagnostics(images[:0], labels[:0]).values())
+
+
+@pytest.mark.parametrize("class_specific", [True, False])
+def test_one_pass_for_both_kinds_of_prompts_changes_neither_values_nor_gradients(class_specific, clip_model):
+    # a GPU takes it where there are few classes; names of one and of three tokens
+    found = []
+    for in_one_pass in (False, True):
+        torch.manual_seed(0)
+        model = SOTGLP(clip_model, ["cat", "annual crop land"], n_global=2, n_local=3, class_specific=class_specific)
+        assert not model.in_one_pass
+        model.in_one_pass = in_one_pass
+        texts = model.encode_prompts()
+        assert [tuple(text.shape) for text in texts] == [(2, 2, 32), (2, 3, 32)]
+        sum(text.pow(3).sum() for text in texts).backward()
+        found.append([*texts, model.global_prompts.grad, model.local_prompts.grad])
+    for two, one in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
