@@ -146,6 +146,7 @@ def print_tables(folder):
             print_row(f"  {method}", numbers, [(dataset, shots, method) for shots in SHOTS])
     print("\n" + "\n".join(notes or [f"no result.json below {folder}: nothing ran yet"]))
     machine.write_csv(Path(folder) / "table.csv", csv_rows(numbers))
+    print(f"wrote {Path(folder) / 'table.csv'}")
 
 
 def print_row(label, numbers, keys):

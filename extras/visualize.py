@@ -31,7 +31,7 @@ from harness.parser import Parser
 from clip.loader import MEAN, STD
 from methods.variants import IndependentTopK
 from sources.listing import normal
-from sotglp import SOTGLP, check_support, mean_of_pairs, saliency, sparse_transport
+from sotglp import SOTGLP, check_support, saliency, sparse_transport
 
 WIDE, SMALL, GAP = 448, 336, 16        # sides of the panels in pixels: three wide or four small ones fill a row,
 WIDTH = 4 * SMALL + 3 * GAP            # which has this width
@@ -213,7 +213,7 @@ class Look(NamedTuple):
     similarity: torch.Tensor             # (P, L): cosines of the patches with its prompts
     support: torch.Tensor = None         # (K,): the patches kept, the most salient one first
     plan: torch.Tensor = None            # (K, L), rows in this order
-    prompt_cosine: float = None          # of two prompts of the class, the mean over pairs
+    prompt_cosines: torch.Tensor = None  # (L, L), of the prompts of the class
 
 
 @torch.no_grad()
@@ -224,9 +224,9 @@ def look(model, images, text_features, label=None):
     if label is None:
         label = int(model.logits(outputs)[0].argmax())
     similarity = patch_cosines(model, images, text_features, label)                # (P, L)
-    alike = cosine_of_prompts(text_features, label)
+    alike = prompt_cosines(text_features, label)
     if not model.has_plan and not shares_support(model):
-        return Look(probabilities, label, similarity, prompt_cosine=alike)
+        return Look(probabilities, label, similarity, prompt_cosines=alike)
     n_support = getattr(model, "n_support", len(similarity))
     support, plan = transport(similarity, n_support, model.epsilon, model.n_iters) # (K,), (K, L)
     return Look(probabilities, label, similarity, support, plan if model.has_plan else None, alike)
@@ -253,15 +253,14 @@ def patch_cosines(model, images, text_features, label):
     return None if cosines[0] is None else torch.cat(cosines, dim=2)[0]
 
 
-def cosine_of_prompts(text_features, label):
-    """The cosine of two prompts of a class that patches are compared with, mean over pairs; None where it has one."""
+def prompt_cosines(text_features, label):
+    """The cosines of the prompts of a class that patches are compared with: (L, L); None where it has one prompt."""
     if text_features is None:
         return None
     prompts = text_features[-1] if isinstance(text_features, tuple) else text_features
     if prompts.dim() < 3 or prompts.shape[1] < 2:
         return None
-    prompts = prompts[[label]]                                                     # (1, L, D)
-    return mean_of_pairs(prompts @ prompts.mT).item()
+    return prompts[label] @ prompts[label].T
 
 
 def transport(similarity, n_support, epsilon=0.1, n_iters=20):
@@ -281,7 +280,7 @@ def figure_2(model, text_features, image, name, truth=None, label=None):
         bounds = seen.similarity.min().item(), seen.similarity.max().item()
         maps = [stack(prompt_maps(picture, seen.similarity, bounds, SMALL), 4), scale_bar(HEAT, *bounds),
                 text_panel("cosine of a patch and a prompt, in the same colours in all maps; framed: the three best "
-                           f"patches of each prompt{told_of_prompts(seen.prompt_cosine)}", fill=FAINT)]
+                           f"patches of each prompt{told_of_prompts(seen.prompt_cosines)}", fill=FAINT)]
     if seen.support is not None:
         support = heat_map(picture, saliency(seen.similarity), bounds, WIDE, seen.support)
         top.append(titled(support, "the support", f"mean cosine over the prompts (Eq. 7); framed: the "
@@ -293,12 +292,14 @@ def figure_2(model, text_features, image, name, truth=None, label=None):
                  [stack(top, 3, (WIDTH - 3 * WIDE) // 2), *maps, bars(seen, model.class_names, truth)])
 
 
-def told_of_prompts(cosine):
-    """What the caption of the maps says of prompts that are nearly alike, so that equal maps do not look like a fault."""
-    if cosine is None:
+def told_of_prompts(cosines):
+    """What the caption of the maps says of prompts that are nearly alike: else equal maps would look like a fault."""
+    if cosines is None:
         return ""
-    alike = "; they are nearly alike, and so are their maps" if cosine > 0.9 else ""
-    return f". Two prompts have the cosine {cosine:.2f}{alike}"
+    first, second = torch.triu_indices(len(cosines), len(cosines), 1)
+    pairs = [f"{i + 1} and {j + 1} ({cosines[i, j]:.2f})" for i, j in zip(first.tolist(), second.tolist())
+             if cosines[i, j] > 0.95]
+    return f"; nearly alike by their cosine, and so are their maps: prompts {', '.join(pairs)}" if pairs else ""
 
 
 def prompt_maps(picture, similarity, bounds, side):

@@ -99,6 +99,7 @@ def check_start(args):
 def unusual(args):
     """The options that differ from what they are where method, dataset and model alone are given: {name: value}."""
     usual = vars(parse_args(["--method", args.method, "--dataset", args.dataset, "--model", args.model]))
+    usual["warmup_epochs"] = min(usual["warmup_epochs"], args.epochs / 10)      # why: it follows from --epochs
     apart = ("output_dir", "resume", "overwrite")
     return {name: value for name, value in vars(args).items() if name not in apart and value != usual[name]}
 
