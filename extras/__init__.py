@@ -1,1 +1,4 @@
-"""What stands beside the paper's own steps, each a command of its own: python -m extras.NAME --help. Nothing imports these."""
+"""What stands beside the paper's own steps, most of it commands: python -m extras.NAME --help.
+
+Nothing outside this folder imports these.
+"""

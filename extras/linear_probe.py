@@ -1,11 +1,11 @@
-"""Fits a linear probe on the frozen image features of a few images per class: logistic regression, as in CLIP and CoOp.
+"""Fits a linear probe, logistic regression, on image features of a few images per class, as in CLIP, CoOp.
 
     python -m extras.linear_probe                                    the embedded default
     python -m extras.linear_probe --dataset eurosat --data-root DIR --shots 8
 
-The probe has no text, no prompts and no epochs, so train.py does not train it. methods/linear_probe.py has its
-equations. The weight of its penalty is chosen on the validation shots; the test split is read once, at the end. The
-run's folder gets the result.json of train.py.
+The probe has no text, no prompts and no epochs, so train.py does not train it. methods/linear_probe.py has
+its equations. The weight of its penalty is chosen on the validation shots; the test split is read once, at
+the end. The run's folder gets the result.json of train.py.
 """
 
 import time
@@ -37,18 +37,20 @@ def parse_args(argv=None):
     """The options, under the names that train.py gives them."""
     parser = Parser("python -m extras.linear_probe [options]", __doc__)
     add = parser.add_argument
-    add("--dataset", choices=data.DATASETS, metavar="NAME", default="critters", help="critters needs no files (%(default)s)")
+    add("--dataset", choices=data.DATASETS, metavar="NAME", default="critters",
+        help="critters needs no files (%(default)s)")
     add("--data-root", help="folder that holds the datasets' folders ($DATA_ROOT, else ./data)")
     add("--model", help="a CLIP name or a weights file (tiny for critters, else ViT-B/16)")
     add("--activation", choices=clip.ACTIVATIONS, default="quickgelu",
         help="of a --model that is somebody's file; weights do not show it (%(default)s)")
     add("--shots", type=int, default=16, help="training images per class (%(default)s)")
-    add("--seed", type=int, default=1, help="names the run; nothing here is random but the draw (%(default)s)")
+    add("--seed", type=int, default=1,
+        help="names the run; nothing here is random but the draw (%(default)s)")
     add("--split-seed", type=int, default=1, help="draws the shots (%(default)s)")
     add("--device", default=machine.default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
     add("--workers", type=int, default=0, help="processes that read pictures (%(default)s)")
-    add("--output-dir", help="where the run is written (runs/linear_probe-<dataset>-<shots>shot-seed<seed>, with the "
-        "options that are not the usual ones)")
+    add("--output-dir", help="where the run is written (runs/linear_probe-<dataset>-<shots>shot-seed<seed>, "
+        "with the options that are not the usual ones)")
     add("--overwrite", action="store_true", help="replace the run that the output folder holds")
     args = parser.parse_args(argv)
     parser.refuse_empty(args)
@@ -61,9 +63,9 @@ def parse_args(argv=None):
 
 def configuration(args):
     """The options that belong to a run, and what the loop of train.py would have: what result.json names."""
-    return {**{name: value for name, value in vars(args).items() if name != "overwrite"}, "method": "linear_probe",
-            "classes": "all", "sampler": "exact", "held_out": None, "amp": "off",
-            "test_split": "test"}
+    own = {name: value for name, value in vars(args).items() if name != "overwrite"}
+    return {**own, "method": "linear_probe", "classes": "all", "sampler": "exact", "held_out": None,
+            "amp": "off", "test_split": "test"}
 
 
 @machine.plain_errors()
@@ -78,7 +80,8 @@ def main(args):
     train, val, test, class_names = data.load(args.dataset, args.data_root, args.shots, args.split_seed)
     published = data.split_matches_published(args.dataset, args.data_root)
     if not val:
-        raise ValueError(f"{args.dataset} has no validation images, on which the linear probe chooses its penalty")
+        raise ValueError(f"{args.dataset} has no validation images, on which the linear probe chooses its "
+                         "penalty")
     if data.DATASETS[args.dataset].as_people_see:
         data.check_pictures(train + val + test)
     clip_model, _ = clip.load(args.model, args.device, args.activation)
@@ -88,8 +91,8 @@ def main(args):
         # why again: another process had the folder till now
         runs.check_free(folder, config, overwrite=args.overwrite)
         train_features, val_features = (image_features(clip_model, items, args) for items in (train, val))
-        print(f"{len(train)} training images; the weight of the penalty is chosen on {len(val)} validation images, by "
-              "23 fits", flush=True)
+        print(f"{len(train)} training images; the weight of the penalty is chosen on {len(val)} validation "
+              "images, by 23 fits", flush=True)
         c = search(*train_features, *val_features)
         print(f"chosen: errors count {c:.3g} times the penalty; the test follows", flush=True)
         model = LinearProbe(clip_model, class_names, *fit(*train_features, c, len(class_names)))

@@ -1,7 +1,7 @@
 """The paper's Tables 1 and 4 with our runs beside them, and accuracies on base and on new classes.
 
-    python -m extras.tables runs/                                     Tables 1 and 4, ours beside them, also as table.csv
-    python -m extras.tables --base-to-new runs/coop-eurosat-base-*    trained with --classes base, tested on all classes
+    python -m extras.tables runs/                  Tables 1 and 4, ours beside them, also as runs/table.csv
+    python -m extras.tables --base-to-new runs/coop-eurosat-base-*       runs of train.py --classes base
 """
 
 import statistics
@@ -25,21 +25,23 @@ COLUMNS = ("dataset", "shots", "method", "accuracy", "standard deviation", "runs
 
 
 def paper_numbers():
-    """{(dataset, shots, method): [accuracy]} of the paper's Tables 1 and 4, in percent, without their averages.
+    """{(dataset, shots, method): [accuracy]} of the paper's Tables 1 and 4, in percent, without averages.
 
     The two tables disagree on CoOp and GalLoP in places, so these two have another name in Table 1.
     """
-    numbers = {(row["dataset"], 16, name): [row[column]] for row in paper.table(1) for name, column in TABLE_1.items()}
+    numbers = {(row["dataset"], 16, name): [row[column]]
+               for row in paper.table(1) for name, column in TABLE_1.items()}
     numbers |= {(row["dataset"], shots, row["method"]): [row[str(shots)]]
                 for row in paper.table(4) for shots in SHOTS if row["method"] in TABLE_4}
     return {key: value for key, value in numbers.items() if key[0] != "average"}
 
 
 def our_results(folder):
-    """{(dataset, shots, "ours"): results of the runs that its cell averages} below a folder, and notes on all runs.
+    """{(dataset, shots, "ours"): results of the runs that a cell averages} below a folder; notes on all runs.
 
-    The methods other than SOT-GLP are called "our <method>". What must not be averaged is left out by name. Runs with
-    a method's own defaults come first, then the order is that of the names. why: an ablation must not be averaged in.
+    The methods other than SOT-GLP are called "our <method>". What must not be averaged is left out by name.
+    Runs with a method's own defaults come first, then the order is that of the names. why: an ablation must
+    not be averaged in.
     """
     cells = {}
     notes = []
@@ -52,7 +54,8 @@ def our_results(folder):
             continue
         cell.append(result)
         published = ", NOT CoOp's published split" if result.get("split_matches_published") is False else ""
-        notes.append(f"{run}: {result['accuracy']:.2f} %, model {result['model']}, seed {result['seed']}{published}")
+        notes.append(f"{run}: {result['accuracy']:.2f} %, model {result['model']}, seed {result['seed']}"
+                     f"{published}")
     return {key: cell for key, cell in cells.items() if cell}, notes
 
 
@@ -63,7 +66,7 @@ def our_name(config):
 
 
 def why_left_out(result, cell):
-    """Why a run does not count beside those of its cell that do, or ""; the first one decides on the options."""
+    """Why a run does not count beside those of its cell, or ""; the first one decides on the options."""
     if result["model"] == "tiny":
         return "model tiny; the paper has ViT-B/16"
     if result.get("split", "test") != "test":
@@ -87,7 +90,7 @@ def why_left_out(result, cell):
 
 
 def add_averages(numbers, ours):
-    """Adds to the numbers the averages of every method over the paper's datasets that ran here -> notes on the rest."""
+    """Adds the averages of every method over the paper's datasets that ran here -> notes on those missing."""
     datasets = {dataset for dataset, _, method in numbers if not is_ours(method)}
     methods = list(dict.fromkeys(method for _, _, method in numbers))
     notes = []
@@ -97,10 +100,11 @@ def add_averages(numbers, ours):
             keys = [key for key in numbers if key[0] in ran and key[1:] == (shots, method)]
             mixed = mixed_options([ours[key][0]["config"] for key in keys if key in ours])
             if mixed:
-                notes.append(f"no average of {method} at {shots} shots: the datasets ran with different options "
-                             f"({mixed[0]})")
+                notes.append(f"no average of {method} at {shots} shots: the datasets ran with different "
+                             f"options ({mixed[0]})")
             elif keys:
-                numbers["average", shots, method] = [statistics.mean(statistics.mean(numbers[key]) for key in keys)]
+                means = [statistics.mean(numbers[key]) for key in keys]
+                numbers["average", shots, method] = [statistics.mean(means)]
     return notes
 
 
@@ -125,7 +129,7 @@ def general_options(config):
 
 
 def print_tables(folder):
-    """Tables 1 and 4 with ours beside the paper's numbers, blank where nothing ran; also table.csv in the folder."""
+    """Tables 1 and 4 with ours beside the paper's numbers, blank where nothing ran; also FOLDER/table.csv."""
     check_replaceable(Path(folder) / "table.csv")
     ours, notes = our_results(folder)
     numbers = paper_numbers() | {key: [result["accuracy"] for result in cell] for key, cell in ours.items()}
@@ -133,9 +137,9 @@ def print_tables(folder):
     datasets = list(dict.fromkeys(dataset for dataset, _, _ in paper_numbers()))
     our_methods = list(dict.fromkeys(["ours", *(method for _, _, method in ours)]))
 
-    print("All columns but our own are the paper's printed numbers; averages are over the datasets that ran here.\n"
-          "A cell of ours is the mean of runs of one configuration: the method's own defaults, else that of the first\n"
-          "by name; so is an average over datasets. Runs of model tiny are left out.")
+    print("All columns but our own are the paper's printed numbers; averages are over the datasets that ran\n"
+          "here. A cell of ours is the mean of runs of one configuration: the method's own defaults, else\n"
+          "that of the first by name; so is an average over datasets. Runs of model tiny are left out.")
     print("\nTable 1, 16 shots" + "".join(f"{name:>18s}" for name in (*TABLE_1, *our_methods))[2:])
     for dataset in (*datasets, "average"):
         print_row(dataset, numbers, [(dataset, 16, method) for method in (*TABLE_1, *our_methods)])
@@ -178,16 +182,18 @@ def check_replaceable(path):
     if path.is_symlink() or path.exists():
         ours = path.is_file() and not path.is_symlink()
         if not ours or path.read_bytes().partition(b"\n")[0].rstrip() != ",".join(COLUMNS).encode():
-            raise ValueError(f"{path} is no table of this program, which writes its own there: give it another name")
+            raise ValueError(f"{path} is no table of this program, which writes its own there: give it "
+                             "another name")
 
 
 # ---- base to new -------------------------------------------------------------------------------------------
 
 
 def base_to_new(args):
-    """Accuracies on the base and the new classes of runs with --classes base, and their harmonic means; zero-shot too.
+    """Accuracies of runs with --classes base on base and new classes, and harmonic means; zero-shot too.
 
-    As in the literature the last lines have the harmonic mean of the two means; the deviation is that of the runs' own.
+    As in the literature the last lines have the harmonic mean of the two means; the deviation is that of the
+    runs' own.
     """
     rows = {"accuracy": [], "zero_shot_accuracy": []}    # (base, new) of each run
     for run, checkpoint in zip(args.base_to_new, read_alike(args.base_to_new)):
@@ -212,7 +218,7 @@ def base_new_cells(pairs):
             "harmonic mean": f"{mean} +- {spread}" if spread else mean}
 
 
-# ---- the script ----------------------------------------------------------------------------------------------
+# ---- the script --------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     """The options, checked for what goes together."""

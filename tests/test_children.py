@@ -1,4 +1,4 @@
-"""extras/children.py: a failed command is named by its own error, the others go on, none outlives the program."""
+"""extras/children.py: a failed command is named by its own error, the others go on, none is left."""
 
 import json
 import os
@@ -91,7 +91,8 @@ def test_a_command_ends_when_the_program_that_started_it_is_killed(tmp_path):
     assert parent.stdout.readline() == b"ready\n"
     parent.kill()
     began = time.monotonic()
-    assert parent.stdout.read() == b"" and time.monotonic() - began < 15     # the end of the command closes it
+    assert parent.stdout.read() == b""                     # which the end of the command closes
+    assert time.monotonic() - began < 15
     parent.wait()
 
 
@@ -102,10 +103,12 @@ def test_seconds_are_foreseen_by_images_and_epochs(tmp_path, capsys):
     assert foresee(60, {**usual, "shots": 8, "classes": "base", "epochs": 100}) == 7.5    # 60 / 2 / 2 / 2
     for other in ({"dataset": "dtd"}, {"model": "ViT-B/16"}, {"device": "cuda"}, {"shots": 0}):
         assert foresee(60, {**usual, **other}) is None
-    for jobs in ([job(tmp_path, "a", "", seconds=90), job(tmp_path, "b", "", seconds=30)], [job(tmp_path, "c", "")]):
+    two = [job(tmp_path, "a", "", seconds=90), job(tmp_path, "b", "", seconds=30)]
+    for jobs in (two, [job(tmp_path, "c", "")]):
         children.announce(jobs, jobs, at_once=2)
     assert capsys.readouterr().out.splitlines() == [
         "2 runs, 0 finished already; 2 at a time, about 1 min",              # (90 + 30) / 2 seconds
-        "  a, critters, 16 shots: 1 to run, about 90 s each", "  b, critters, 16 shots: 1 to run, about 30 s each",
+        "  a, critters, 16 shots: 1 to run, about 90 s each",
+        "  b, critters, 16 shots: 1 to run, about 30 s each",
         "1 runs, 0 finished already; 2 at a time, an unknown time",
         "  c, critters, 16 shots: 1 to run, unknown until one is finished"]
