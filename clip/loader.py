@@ -3,22 +3,18 @@
 name -> file (downloaded once, its hash compared) -> weights.py: tensors by name -> CLIP
 """
 
-import contextlib
 import hashlib
 import os
 import re
 import sys
-import time
 import warnings
-from http.client import HTTPException
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import torch
 import torch.distributed as dist
 from PIL import Image
 
+from .download import digest, fetch
 from .model import Block
 from .weights import build_model, read_state_dict
 
@@ -29,6 +25,8 @@ PUBLISHED = {  # as in OpenAI's package openai-clip 1.0.1: the last folder is th
     "ViT-L/14": f"{ADDRESS}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
 }
 EXTREME = 50                                       # a longer side that is so many times the shorter one
+# OpenAI's, too, but none of the paper's, so that it has no name here; it is read as a file
+LARGE_336 = "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"
 DOWNLOAD_LIMIT = 2**30                             # bytes; the largest of the three has 890 MiB
 ACTIVATIONS = {"quickgelu": None, "gelu": torch.nn.GELU}    # None: the one that is built in, OpenAI's
 TINY = Path(__file__).with_name("tiny.pt.gz")
@@ -61,11 +59,11 @@ def load(name, device="cpu", activation="quickgelu"):
     try:
         model = build_model(read_state_dict(path))
     except ValueError as error:
-        if sha256(path) not in map(published_hash, PUBLISHED.values()):
+        if not is_openais(path):
             raise ValueError(f"{path}: {error}") from error
         model = run_archive(path)
-    if name not in available_models():
-        note_what_weights_hide(path, activation)
+    if name not in available_models() and not is_openais(path):
+        note_what_weights_hide(path, activation, model)
     elif activation != "quickgelu":
         raise ValueError(f"{name} was trained with QuickGELU: --activation is for files of other people's weights")
     if ACTIVATIONS[activation]:
@@ -74,12 +72,20 @@ def load(name, device="cpu", activation="quickgelu"):
     return model.to(device), preprocess(model.visual.resolution)
 
 
-def note_what_weights_hide(path, activation):
+def is_openais(path):
+    """Whether a file is one that OpenAI published."""
+    return digest(path) in (*map(published_hash, PUBLISHED.values()), LARGE_336)
+
+
+def note_what_weights_hide(path, activation, model):
     """Says how a file is read that is none of OpenAI's: activation and heads do not follow from the weights."""
-    if sha256(path) not in map(published_hash, PUBLISHED.values()) and int(os.environ.get("RANK", 0)) == 0:
-        print(f"note: {path} is none of OpenAI's files; it is read with {activation} and attention heads 64 wide. "
-              "QuickGELU is right for OpenAI's weights and open_clip's -quickgelu models, --activation gelu for "
-              "open_clip's others", file=sys.stderr, flush=True)
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
+    attention = model.visual.transformer.resblocks[0].attn
+    head_width = len(attention.in_proj_bias) // 3 // attention.heads
+    print(f"note: {path} is none of OpenAI's files; it is read with {activation} and attention heads {head_width} wide. "
+          "QuickGELU is right for OpenAI's weights and open_clip's -quickgelu models, --activation gelu for "
+          "open_clip's others", file=sys.stderr, flush=True)
 
 
 def run_archive(path):
@@ -161,11 +167,11 @@ def download(url):
     path, failure = Path(os.environ.get("CLIP_CACHE") or "~/.cache/clip").expanduser() / url.split("/")[-1], None
     try:
         if not path.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            fetch(url, path)
-    except (ConnectionError, ValueError) as error:
-        failure = error
+            fetch([url], path, published_hash(url), DOWNLOAD_LIMIT)
+    except ConnectionError as error:
+        failure = ConnectionError(f"{error}; --model tiny runs without a download")
     raise_first(failure)
-    found = sha256(path)
+    found = digest(path)
     if found != published_hash(url):
         raise ValueError(f"{path} has SHA-256 {found}, but OpenAI published {published_hash(url)}: "
                          "delete the file, and it will be downloaded again")
@@ -182,68 +188,6 @@ def raise_first(failure):
         raise failure
 
 
-def fetch(url, path):
-    """Brings url to path; the file gets that name only when it is whole and has the published hash."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        receive(url, part)
-        os.replace(part, path)
-    except (OSError, HTTPException) as error:
-        if isinstance(error, HTTPError):
-            error.close()
-        raise ConnectionError(f"cannot download {url} to {path}: {error}. Without a connection, fetch the file on "
-                              "another machine and put it there; --model tiny needs none") from error
-    finally:
-        with contextlib.suppress(OSError):         # why: the folder may not exist
-            part.unlink(missing_ok=True)
-
-
-def receive(url, path):
-    """Copies what the address sends. Raises OSError if that breaks off, ValueError if it has not the published hash."""
-    print(f"downloading {url}", file=sys.stderr, flush=True)
-    with urlopen(url, timeout=60) as response, open(path, "wb") as file:
-        total, done = int(response.headers.get("Content-Length") or 0), 0
-        for chunk in chunks(response, DOWNLOAD_LIMIT):
-            done += file.write(chunk)
-            if sys.stderr.isatty() and done // 2**20 > (done - len(chunk)) // 2**20:
-                print(f"\r{done // 2**20} of {total / 2**20:.0f} MiB ", end="", file=sys.stderr, flush=True)
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
-    if sha256(path) != published_hash(url):
-        raise ValueError(f"{url} sent a file with SHA-256 {sha256(path)}, not the published one; nothing was kept. "
-                         "Does a proxy answer in its place?")
-
-
-def chunks(response, limit, pace=1000):
-    """What a server sends, piece by piece.
-
-    Raises OSError where that is more than `limit` bytes, where it breaks off, and where it is slower, after
-    the first minute, than `pace` bytes a second. why a pace: a server that sends a byte now and then never
-    times out.
-    """
-    start, done, total = time.monotonic(), 0, int(response.headers.get("Content-Length") or 0)
-    while chunk := response.read1(2**20):
-        done += len(chunk)
-        if done > limit:
-            raise OSError(f"more than the {limit} bytes that it may have came")
-        if time.monotonic() - start > 60 + done / pace:
-            raise TimeoutError(f"only {done} bytes came in {time.monotonic() - start:.0f} s")
-        yield chunk
-    if done < total:
-        raise OSError(f"only {done} of {total} bytes came")
-
-
 def published_hash(url):
     """The SHA-256 that stands in an address of OpenAI's."""
     return url.split("/")[-2]
-
-
-def sha256(path):
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-

@@ -92,11 +92,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks; `heads` is width // 64 in every CLIP that OpenAI published."""
+    """A stack of blocks; a head is 64 wide in every CLIP that OpenAI published."""
 
-    def __init__(self, width, layers):
+    def __init__(self, width, layers, head_width=64):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, width // 64) for _ in range(layers))
+        self.resblocks = nn.ModuleList(Block(width, width // head_width) for _ in range(layers))
 
     def forward(self, x, position=0, causal=False, prompts=(), start=1):
         """All blocks, for the token at one position of each sequence: x (B, S, W), position (B,) -> (B, W).
@@ -121,14 +121,14 @@ class Transformer(nn.Module):
 class VisionTransformer(nn.Module):
     """The image tower. `forward` gives tokens after `ln_post`; `proj` leads from there to the joint space."""
 
-    def __init__(self, resolution, patch, width, layers, embed_dim):
+    def __init__(self, resolution, patch, width, layers, embed_dim, head_width=64):
         super().__init__()
         self.resolution = resolution
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty((resolution // patch) ** 2 + 1, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers)
+        self.transformer = Transformer(width, layers, head_width)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.empty(width, embed_dim))
 
@@ -182,10 +182,11 @@ class CLIP(nn.Module):
     """Both towers, frozen and always in evaluation mode."""
 
     def __init__(self, embed_dim, resolution, patch, vision_width, vision_layers,
-                 context_length, vocab_size, text_width, text_layers):
+                 context_length, vocab_size, text_width, text_layers, vision_head_width=64):
         super().__init__()
         self.context_length = context_length
-        self.visual = VisionTransformer(resolution, patch, vision_width, vision_layers, embed_dim)
+        self.visual = VisionTransformer(resolution, patch, vision_width, vision_layers, embed_dim,
+                                        vision_head_width)
         self.transformer = Transformer(text_width, text_layers)
         self.token_embedding = nn.Embedding(vocab_size, text_width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, text_width))

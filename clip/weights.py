@@ -7,8 +7,10 @@ leave the program alone: `ArchiveReader` knows the few things that weights need,
 import errno
 import gzip
 import io
+import os
 import pickle
 import re
+import sys
 import zipfile
 from collections import OrderedDict
 
@@ -18,6 +20,10 @@ from .model import CLIP
 
 LIMIT = 4 * 2**30        # bytes that the weights may take: twice what the largest of OpenAI's take in float32
 VOCABULARY = 49408                 # token ids of CLIP's tokenizer
+# heads of open_clip's image towers ViT-H, ViT-g, ViT-bigG and ViT-e, by the tower's width; elsewhere they are 64 wide
+HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
+FIRST = "visual.conv1.weight"      # a name that every vision transformer of CLIP has
+WRAPPERS = ("state_dict", "model_state_dict", "model")     # under which training programs keep a model's tensors
 # numbers that OpenAI stores among the weights
 BOOKKEEPING = {"input_resolution", "context_length", "vocab_size"}
 
@@ -39,7 +45,7 @@ def build_model(state_dict):
     check_plain(state_dict)
     weights = {k: v.float() for k, v in state_dict.items() if k not in BOOKKEEPING}
     try:
-        vision_width, _, patch, _ = weights["visual.conv1.weight"].shape
+        vision_width, _, patch, _ = weights[FIRST].shape
         tokens = weights["visual.positional_embedding"].shape[0]
         text_width, embed_dim = weights["text_projection"].shape
         context_length = weights["positional_embedding"].shape[0]
@@ -50,6 +56,7 @@ def build_model(state_dict):
     vision_layers = count_layers(weights, "visual.transformer.resblocks.")
     text_layers = count_layers(weights, "transformer.resblocks.")
     grid = round(max(tokens - 1, 0) ** 0.5)
+    head_width = HEAD_WIDTHS.get(vision_width, 64)
     for what, found, right, expected in (
             ("visual.conv1.weight: the width", vision_width, vision_width > 0 == vision_width % 64, "a multiple of 64"),
             ("visual.conv1.weight: the patch size", patch, patch > 0, "at least 1"),
@@ -62,11 +69,21 @@ def build_model(state_dict):
             raise ValueError(f"these weights do not fit CLIP: {what} is {found}, expected {expected}")
     with torch.device("meta"):
         model = CLIP(embed_dim, grid * patch, patch, vision_width, vision_layers, context_length, vocab_size,
-                     text_width, text_layers)
+                     text_width, text_layers, head_width)
+    check_perceptrons(weights)
     check_keys(weights, model.state_dict())
     check_finite(weights, "these weights")
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False)
+
+
+def check_perceptrons(weights):
+    """Raises ValueError for the larger towers of open_clip whose perceptrons are not four times as wide."""
+    for name in ("visual.transformer.resblocks.0.mlp.c_fc.weight", "transformer.resblocks.0.mlp.c_fc.weight"):
+        rows, width = weights[name].shape if name in weights else (4, 1)
+        if rows != 4 * width:
+            raise ValueError(f"these weights do not fit CLIP: {name} has {rows} rows, expected {4 * width}; open_clip's "
+                             "ViT-g-14, ViT-bigG-14 and ViT-e-14 have other perceptrons, and are not read here")
 
 
 def check_finite(tensors, where):
@@ -147,9 +164,40 @@ def read_state_dict(path):
         reason = error if isinstance(error, ValueError) else type(error).__name__
         raise ValueError(f"cannot be read as weights ({reason}): it is truncated or damaged, or holds "
                          "more than tensors. Fetch it again, or save a model's state_dict() alone") from error
-    if not (isinstance(state, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items())):
-        raise ValueError("holds no plain state dict, {name: tensor}: save a model's state_dict() alone")
+    state, taken_off = unwrap(state, path)
+    if taken_off and int(os.environ.get("RANK", 0)) == 0:
+        print(f"note: {path}: the weights are read without {' and '.join(taken_off)}, which a training program put around "
+              "them", file=sys.stderr, flush=True)
     return state
+
+
+def unwrap(content, path):
+    """A state dict without what training programs put around it -> {name: tensor}, what was taken off, as texts.
+
+    Raises ValueError for what holds no state dict, and for a CLIP that is only a part of one, with the line that
+    takes it out.
+    """
+    taken_off = []
+    reached = ""
+    entries = [name for name in WRAPPERS if isinstance(content, dict) and isinstance(content.get(name), dict)]
+    if entries:
+        content = content[entries[0]]
+        taken_off.append(f"the entry {entries[0]!r}")
+        reached = f"[{entries[0]!r}]"
+    if not (isinstance(content, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in content.items())):
+        raise ValueError("holds no plain state dict, {name: tensor}: save a model's state_dict() alone")
+
+    prefix = next((name.removesuffix(FIRST) for name in content if name.endswith(f".{FIRST}")), "")
+    if not prefix or FIRST in content:
+        return content, taken_off
+    others = [name for name in content if not name.startswith(prefix)]
+    if others:
+        raise ValueError(f"the names of its CLIP begin with {prefix!r}, and it holds others, such as {others[0]!r}. In "
+                         f"Python this makes a file of the CLIP alone:\nimport torch; content = torch.load({str(path)!r}, "
+                         f"'cpu', weights_only=True){reached}; torch.save({{name[{len(prefix)}:]: tensor for name, tensor "
+                         f"in content.items() if name.startswith({prefix!r})}}, 'clip.pt')")
+    taken_off.append(f"the beginning {prefix!r} of all names")
+    return {name.removeprefix(prefix): tensor for name, tensor in content.items()}, taken_off
 
 
 def is_memory(error):

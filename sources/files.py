@@ -8,16 +8,9 @@ class names of ImageNet come from addresses whose content is fixed by a commit; 
 """
 
 import collections
-import contextlib
-import hashlib
-import http.client
 import os
 import sys
-import urllib.error
-import urllib.request
 from multiprocessing.pool import ThreadPool
-
-
 
 GITHUB = "https://raw.githubusercontent.com"
 SPLITS = (f"{GITHUB}/linzhiqiu/cross_modal_adaptation/ac9077ee4e422f768c9b9109551468605e33ec9a/splits",
@@ -28,9 +21,6 @@ CLASSNAMES_DIGEST = "89e0b642c6697a3a43a06a2bb65f9fefb3ca295ccc5f4ba9ce385f1a3a5
 TORCHVISION = {"caltech101": "Caltech101", "oxford_pets": "OxfordIIITPet", "oxford_flowers": "Flowers102",
                "food101": "Food101", "fgvc_aircraft": "FGVCAircraft", "sun397": "SUN397", "dtd": "DTD",
                "eurosat": "EuroSAT"}
-HOSTS = {"caltech101": "data.caltech.edu", "oxford_pets": "www.robots.ox.ac.uk", "food101": "data.vision.ee.ethz.ch",
-         "oxford_flowers": "www.robots.ox.ac.uk", "fgvc_aircraft": "www.robots.ox.ac.uk", "dtd": "www.robots.ox.ac.uk",
-         "sun397": "vision.princeton.edu", "eurosat": "huggingface.co/datasets/torchgeo/eurosat"}
 LIST_LIMIT = 64 * 2**20                            # bytes that a list may have
 BY_HAND = {
     "imagenet": "register at https://image-net.org, get ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, unpack "
@@ -90,47 +80,15 @@ def is_published(row, root):
     """Whether the split file is CoOp's, byte for byte; None where a dataset has no split file."""
     if row.digest is None:
         return None
-    with open(f"{locate(row, root)[0]}/{row.lists[0]}", "rb") as file:
-        return digest(file.read(), like=row.digest) == row.digest
-
-
-def digest(content, like):
-    """sha256 of some bytes, or git's blob id where `like` has that one's 40 digits."""
-    if len(like) == 40:
-        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-    return hashlib.sha256(content).hexdigest()
+    from clip.download import digest  # why here: whoever asks for the names of datasets needs no torch
+    return digest(f"{locate(row, root)[0]}/{row.lists[0]}", like=row.digest) == row.digest
 
 
 # ---- getting -------------------------------------------------------------------------------------------------
 
-def fetch(addresses, path, expected):
-    """Writes to `path` the content of the first address that has the digest `expected`.
-
-    The file gets its name only when it is complete and right. Raises OSError that says what went wrong at each address.
-    """
-    from clip.loader import chunks  # why here: it needs torch, and whoever asks for the names of datasets does not
-    faults = []
-    for address in addresses:
-        try:
-            with urllib.request.urlopen(address, timeout=60) as response:
-                content = b"".join(chunks(response, LIST_LIMIT))
-            if digest(content, like=expected) != expected:
-                raise ValueError(f"{len(content)} bytes, digest {digest(content, like=expected)}, expected {expected}")
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(f"{path}.part", "wb") as file:
-                file.write(content)
-            return os.replace(f"{path}.part", path)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            faults.append(f"\n  {address}: {type(error).__name__}: {error}")
-            if isinstance(error, urllib.error.HTTPError):
-                error.close()
-            with contextlib.suppress(OSError):     # why: there may be no such file, and no folder
-                os.remove(f"{path}.part")
-    raise OSError(f"could not get {path} from" + "".join(faults) + "\nfetch it on another machine and put it there")
-
-
 def download(name, row, root):
     """Downloads what is missing: the pictures first, because their layout decides where the lists go."""
+    from clip.download import fetch  # why here: as in is_published
     if not row.lists:
         raise ValueError(f"{name} needs no download")
     root = absolute(root)
@@ -144,7 +102,7 @@ def download(name, row, root):
         except ModuleNotFoundError:
             pass    # why: all is there by then; Flowers102 needs scipy for its labels only, and we use the split file's
         except (OSError, RuntimeError) as error:
-            raise OSError(f"{name}: torchvision could not download the pictures from {HOSTS[name]}: {error}\n"
+            raise OSError(f"{name}: torchvision could not download the pictures: {error}\n"
                           + tree(name, row, root, failed=True))
     home, _ = locate(row, root)
     for file in row.lists:
@@ -153,7 +111,7 @@ def download(name, row, root):
             print(f"{path} is there already")
         elif row.digest or file.endswith("classnames.txt"):
             addresses, expected = (SPLITS, row.digest) if row.digest else (CLASSNAMES, CLASSNAMES_DIGEST)
-            fetch([f"{address}/{os.path.basename(file)}" for address in addresses], path, expected)
+            fetch([f"{address}/{os.path.basename(file)}" for address in addresses], path, expected, LIST_LIMIT)
             print(f"{path} downloaded, digest as expected")
 
 
