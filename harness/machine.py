@@ -157,7 +157,8 @@ def start_processes(args):
     rank, world = rank_and_world()
     device = torch.device(args.device)
     if device.type == "cuda":
-        device = set_up_gpu(device.index or 0 if world == 1 else own_gpu(device))
+        index = own_gpu(device) if world > 1 else device.index or 0
+        device = set_up_gpu(index)
     if world > 1:
         join(rank, world, device)
     return rank, world, device

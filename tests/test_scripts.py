@@ -7,10 +7,9 @@ import subprocess
 import sys
 import threading
 
-import pytest
 import torch
 
-from conftest import COLOURS, PROJECT, TORCHRUN, copy, read, run, train
+from conftest import COLOURS, PROJECT, copy, read, run, train
 
 NAMES = ("b é", "crab 🦀", "wood")
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}     # a locale that lacks two of these names
@@ -52,21 +51,3 @@ def test_evaluate_reads_a_run_and_names_pictures_in_any_locale(trained, pictures
     assert process.stdout == f"wrote {tmp_path}/a.csv: 1 pictures\n"
     line = (tmp_path / "a.csv").read_text(encoding="utf-8").splitlines()[1]
     assert line.startswith(f"{picture},") and all(name in line for name in NAMES)
-
-
-@pytest.mark.cuda
-def test_fp16_on_a_gpu_agrees_with_float32(options, tmp_path):
-    results = []
-    for amp in ("off", "fp16"):
-        process = run("train.py", *options, "--device", "cuda", "--amp", amp, "--output-dir", tmp_path / amp)
-        assert process.returncode == 0, process.stderr
-        results.append(read(tmp_path / amp)[1])
-    assert results[0][-1]["loss"] == pytest.approx(results[1][-1]["loss"], rel=0.02)
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_do_what_one_process_does(trained, options, tmp_path):
-    process = run(*TORCHRUN, "train.py", *options, "--device", "cuda", "--amp", "off", "--output-dir", tmp_path / "run")
-    assert process.returncode == 0, process.stderr
-    assert read(tmp_path / "run")[1][-1]["loss"] == pytest.approx(read(trained)[1][-1]["loss"], rel=1e-3)
