@@ -4,6 +4,7 @@
     python evaluate.py runs/eurosat-16shot-seed*                      several: mean and standard deviation
     python evaluate.py runs/eurosat-16shot-seed1 --images DIR a.jpg   the five likeliest classes of each picture
     python evaluate.py runs/eurosat-16shot-seed1 --csv all.csv        the same for each picture of the test split
+    python evaluate.py runs/eurosat-16shot-seed1 --export texts.npz  class names and text features for other programs
     python evaluate.py runs/coop-imagenet-16shot-seed1 --on imagenet_v2    on the pictures of another dataset
     python evaluate.py --zero-shot --dataset eurosat                  the hand-written template, no run needed
 
@@ -29,6 +30,7 @@ import torch.distributed as dist
 import data
 from harness import machine, places, runs
 from harness.parser import Parser
+from harness.export import export
 from harness.predict import csv_row, likeliest, name_files, predict
 from harness.runs import load_run
 from methods.zero_shot import ZeroShot
@@ -302,6 +304,7 @@ def parse_args(argv=None):
     add("runs", nargs="*", metavar="RUN", help="folders that train.py wrote")
     add("--images", nargs="+", metavar="PATH", help="pictures, or folders of pictures, to name with the one RUN given")
     add("--csv", metavar="FILE", help="write what the one RUN given says of each image, with probabilities")
+    add("--export", metavar="FILE.npz", help="write class names and unit text features of the one RUN given")
     add("--split", choices=("test", "val"), help="score the test or the validation images of a RUN (test)")
     add("--classes", choices=("new",), help="test a RUN of train.py --classes base on the classes that it lacks")
     add("--on", choices=sorted(data.DATASETS), metavar="NAME", help="test a RUN on the pictures of another dataset")
@@ -330,6 +333,7 @@ def parse_args(argv=None):
 
 # What each kind of call uses; the first one that was asked for decides.
 USES = {"zero_shot": "dataset model activation template data_root amp", "images": "runs csv model",
+        "export": "runs model",
         "classes": "runs csv data_root amp model", "on": "runs csv data_root amp model",
         "runs": "csv split data_root amp model"}
 
@@ -342,18 +346,23 @@ def check_together(parser, args):
     unused = [flags[name] for name, value in vars(args).items() if value and name not in used]
     if unused:
         parser.error(f"with {flags[mode]} there is no use for {', '.join(unused)}")
-    if (args.images or args.csv) and len(args.runs) != 1:
-        parser.error("--images and --csv go with exactly one RUN")
+    if (args.images or args.csv or args.export) and len(args.runs) != 1:
+        parser.error("--images, --csv and --export go with exactly one RUN")
+    if args.export and not args.export.endswith(".npz"):
+        parser.error(f"--export must end in .npz, got {args.export}")
 
 
 @machine.plain_errors()
 def main(args):
     """Zero-shot accuracy, one's own pictures, or the accuracies of runs."""
     machine.use_device(args.device, args.amp or "off")
-    if args.csv:
-        places.check_file(args.csv, "--csv")
+    for option in ("csv", "export"):
+        if getattr(args, option):
+            places.check_file(getattr(args, option), f"--{option}")
     if args.zero_shot:
         report_zero_shot(args)
+    elif args.export:
+        export(args.runs[0], args.export, args.device, args.model)
     elif args.images:
         model = load_run(args.runs[0], args.device, args.model)
         name_files(model, args.images, args.csv, data.TEST_BATCH, args.workers)

@@ -180,6 +180,7 @@ class Method(nn.Module):
     class_specific = False     # whether it learns something for each class: then it knows no other classes
     frozen_tower = True        # whether the image tower is CLIP's own: then its features can be computed once
     stream = "vv"              # which patch tokens of a frozen tower the method reads
+    text_names = ("global",)   # what the text features are that `encode_prompts` gives, one after the other
     ood_temperature = 1.0      # of the softmax in ood.py
     has_plan = False           # whether its local score comes from a transport plan, which is then logged and drawn
 
@@ -273,6 +274,7 @@ class SOTGLP(Method):
     than the image tower has.
     """
 
+    text_names = ("global", "local")
     # Sec. 4
     DEFAULTS = {"lr": 0.05, "epochs": 50, "warmup_epochs": 5, "batch_size": 32, "weight_decay": 0.01}
 

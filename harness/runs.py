@@ -80,13 +80,18 @@ def model_file(run, config, given=None):
     own = config["model"]
     if given or is_known(own) or os.path.isfile(own):
         return given or own
-    file = normal(own).split("/")[-1]                      # why: the run may come from Windows
+    file = short_name(own)
     for folder in (Path(run), Path(run).absolute().parent):
         if (folder / file).is_file():
             return str(folder / file)
     raise FileNotFoundError(f"{run} was trained with the weights {own}, which are not there, and {file} lies neither "
                             f"in {run} nor beside it: put it there, or name it by --model FILE (in Python "
                             "load_run(RUN, model=FILE))")
+
+
+def short_name(model):
+    """A model's name, or the last part of a file's path. why: other folders are another system's."""
+    return clip.full_name(model) if is_known(model) else normal(model).split("/")[-1]
 
 
 def is_known(model):

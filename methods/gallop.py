@@ -80,6 +80,7 @@ class GalLoP(Method):
     # 10.
     DEFAULTS = {"lr": 0.002, "epochs": 200, "warmup_epochs": 0, "batch_size": 32, "weight_decay": 0.01}
     stream = "value"
+    text_names = ("global", "local")
 
     def __init__(self, clip_model, class_names, n_global=4, n_local=4, top_k=(5, 10, 15, 20),
                  prompt_dropout=0.75, local_projection=True, **text_options):

@@ -66,6 +66,7 @@ class LSN(coop.CoOp):
     """
 
     DEFAULTS = {**coop.CoOp.DEFAULTS, "epochs": 100, "batch_size": 8}
+    text_names = ("global", "negative")
 
     def __init__(self, clip_model, class_names, n_context=16, n_negative=3, lambda_diversity=1.0,
                  double_softmax=False, **text_options):

@@ -46,6 +46,7 @@ class PLOT(Method):
     DEFAULTS = {"lr": 0.002, "epochs": 50, "warmup_epochs": 1, "batch_size": 32, "weight_decay": 5e-4}
     SUFFIX = coop.CoOp.SUFFIX
     stream = "qk"
+    text_names = ("local",)
     has_plan = True
 
     def __init__(self, clip_model, class_names, n_local=4, n_context=16, epsilon=0.1, n_iters=20,
