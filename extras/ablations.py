@@ -44,12 +44,12 @@ PAPERS = {"no_vv": "w/o V-V", "no_projection": "w/o Proj", "shared_local": "w/o 
 
 # ---- weights of the local branch ---------------------------------------------------------------------------
 
-def score_weights(run, device, data_root=None):
+def score_weights(run, device, data_root=None, model_file=None):
     """Writes a run's accuracies in percent by its own scores and by each of WEIGHTS.
 
     RUN/weights.json: {"val": {score: accuracy}, "test": {score: accuracy}, "data": digests of the pictures};
     "val" is empty without validation pictures. Raises ValueError for a run of a method whose two scores are
-    not added in this way, and as `scored_pictures`.
+    not added in this way, and as `scored_pictures`. data_root, model_file: where they are now, if they moved.
     """
     checkpoint = runs.read_checkpoint(run)
     config = checkpoint["config"]
@@ -58,7 +58,7 @@ def score_weights(run, device, data_root=None):
     if not os.access(run, os.W_OK):
         raise OSError(f"{run} is read-only here: weights.json is written into it")
     parts = scored_pictures(run, checkpoint, data_root)
-    model = runs.build(run, checkpoint, device)
+    model = runs.build(run, checkpoint, device, model=model_file)
     own = model.scores
     model.scores = lambda outputs: own(outputs) | {str(weight): fuse(*outputs, weight) for weight in WEIGHTS}
 

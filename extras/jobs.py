@@ -141,17 +141,19 @@ def shared_options(args, dataset, shots, seed):
     """The options of a run that all rows have."""
     options = ["--dataset", dataset, "--shots", str(shots)]
     options += ["--seed", str(seed), "--split-seed", str(args.split_seed)]
-    if args.model:
-        options += ["--model", args.model]
     if args.activation:
         options += ["--activation", args.activation]
     return options + place(args, dataset)
 
 
 def place(args, dataset):
-    """The options that say where the pictures are and what computes."""
-    root = [] if dataset == "critters" else ["--data-root", args.data_root]
-    return [*root, "--device", args.device]
+    """The options that say where pictures and weights are and what computes, for every command of a row."""
+    options = ["--device", args.device]
+    if dataset != "critters":
+        options += ["--data-root", args.data_root]
+    if args.model:
+        options += ["--model", args.model]
+    return options
 
 
 @functools.cache

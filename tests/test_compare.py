@@ -288,6 +288,7 @@ def test_every_command_of_a_row_finds_data_that_moved(started, mine, tmp_path):
     run(tmp_path / "out", *on_mine(moved, *options))
     (command, *words), = started
     assert command == "evaluate.py" and words[words.index("--data-root") + 1] == str(moved)
+    assert words[words.index("--model") + 1] == "tiny"
     run(tmp_path / "out", *on_mine(moved, "--ablations", "--methods", "full"))
     for command in started:
         assert command[command.index("--data-root") + 1] == str(moved)
@@ -420,10 +421,10 @@ def test_weights_of_a_run_agree_with_its_result(trained, tmp_path):
         assert weights["test"][branch] == result[f"{branch}_accuracy"]
 
 
-def test_weights_are_those_of_the_classes_and_pictures_of_the_run(trained, mine, tmp_path, capsys):
+def test_weights_are_those_of_the_classes_and_pictures_of_the_run(trained, mine, clip_file, tmp_path, capsys):
     training = read(trained)[2]["training"]
     folder = copy(trained, tmp_path / "run", training=[*training, "test/sea/1.png"])
-    options = ["--weights", str(folder), "--device", "cpu", "--data-root", str(mine)]
+    options = ["--weights", str(folder), "--device", "cpu", "--data-root", str(mine), "--model", str(clip_file)]
     compare.main(compare.parse_args(options))
     assert "was trained on 1 of the 7 test pictures of today" in capsys.readouterr().out
     assert json.loads((folder / "weights.json").read_text())["data"]["test"][0] == 6
