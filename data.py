@@ -8,6 +8,7 @@ datasets there are, and where their pictures come from, is in sources/. A pictur
 name)` everywhere.
 """
 
+import contextlib
 import functools
 import os
 import random
@@ -20,6 +21,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from harness import machine
 from harness.parser import Parser
 from sources import DATASETS, choose_classes, critters, files, folders, read_lists, split_matches_published
 from sources.seen import as_seen
@@ -143,7 +145,8 @@ def check_pictures(items, rank=0, world=1):
 
     why before training: else it would end at the first one, minutes or hours later. Each process reads its share.
     """
-    faults = files.unreadable([path for path, *_ in items[rank::world]], functools.partial(read_image, as_people_see=True))
+    paths = [path for path, *_ in items[rank::world]]
+    faults = files.unreadable(paths, functools.partial(read_image, as_people_see=True))
     if faults:
         raise ValueError(f"{len(faults)} of {len(items)} pictures cannot be read: replace or remove them\n"
                          + "\n".join(faults))
@@ -160,13 +163,22 @@ def read_image(path, as_people_see=False):
     """
     if critters.is_path(path):
         return critters.read(path)
-    try:
+    with reading(path):
+        if os.path.exists(path) and not os.path.isfile(path):      # why: a pipe or a device may never end
+            raise OSError("no regular file")
         # why not Image.open(path): of a file that it opens itself, Pillow mixes up the rows of some turned TIFFs
         with open(path, "rb") as file, Image.open(file) as image:
             image.load()
             return as_seen(image) if as_people_see else image
+
+
+@contextlib.contextmanager
+def reading(picture):
+    """Raises ValueError, which names the picture, for all that goes wrong while it is read."""
+    try:
+        yield
     except Exception as error:   # why: Pillow raises OSError, SyntaxError, ValueError and its own, by format
-        raise ValueError(f"cannot read picture {path}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"cannot read picture {picture}: {type(error).__name__}: {error}") from error
 
 
 # ---- from pictures to tensors --------------------------------------------------------------------------------
@@ -262,8 +274,13 @@ def train_loader(pictures, batches, workers=0, device="cpu"):
     if workers < 0:
         raise ValueError(f"--workers must not be negative, got {workers}")
     return DataLoader(pictures, batch_sampler=batches, collate_fn=pictures.collate, num_workers=workers,
-                      pin_memory=torch.device(device).type == "cuda",
+                      pin_memory=torch.device(device).type == "cuda", worker_init_fn=end_with_parent,
                       generator=torch.Generator())     # why: otherwise an iterator draws from the global generator
+
+
+def end_with_parent(worker):
+    """In each process that reads pictures: it ends when its parent is gone, even by SIGKILL."""
+    machine.end_with_parent()
 
 
 def test_loader(pictures, batch_size, workers=0, device="cpu", rank=0, world=1):
@@ -305,19 +322,20 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+@machine.plain_errors("the same command starts anew")
 def main(args):
-    """Downloads what is missing where that is asked for, checks all; exits with 1 where anything is not as expected."""
-    name, root = args.dataset, files.absolute(args.data_root)
-    try:
-        if args.download:
-            files.download(name, DATASETS[name], root)
-        lists = read_lists(name, root)
-        for line in folders.remarks(root) if name == "folder" else ():
-            print(line)
-        fine = files.check(name, DATASETS[name], root, *lists, functools.partial(read_image, as_people_see=DATASETS[name].as_people_see))
-    except (OSError, ValueError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-    sys.exit(not fine)
+    """Downloads what is missing where that is asked for, checks all; exits with 1 unless all is as expected."""
+    name = args.dataset
+    row = DATASETS[name]
+    root = files.absolute(args.data_root)
+    if args.download:
+        files.download(name, row, root)
+
+    lists = read_lists(name, root)
+    for line in folders.remarks(root) if name == "folder" else ():
+        print(line)
+    read = functools.partial(read_image, as_people_see=row.as_people_see)
+    sys.exit(not files.check(name, row, root, *lists, read))
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def accuracies_line(result):
     others = ", ".join(f"{name.removesuffix('_accuracy').replace('_', '-')} {value:.2f}"
                        for name, value in result.items() if name.endswith("_accuracy"))
     split = result.get("split", "test")
-    images = f"{result[f'{split}_images']} {split} images"
+    images = f"{result.get(f'{split}_images', 'unknown')} {split} images"
     return f"accuracy {result['accuracy']:.2f} %  ({others})  on {images}"
 
 

@@ -8,7 +8,6 @@ needs the model: cosines and logits. The page, whose template is explore.html, c
 them whenever its reader moves something. A method without a plan or a global score gets the parts it has.
 """
 
-import argparse
 import base64
 import hashlib
 import io
@@ -23,7 +22,8 @@ import clip  # noqa: F401  (before torch: it bounds how long torch's threads wai
 import torch
 
 from extras import visualize
-from harness import machine, runs
+from harness import machine, places, runs
+from harness.parser import Parser
 from methods.gallop import GalLoP
 from methods.released import Released
 from methods.variants import IndependentTopK
@@ -117,8 +117,7 @@ def page(numbers, paper):
 
 def parse_args(argv=None):
     """The options."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = Parser("python -m extras.explore RUN [options]", __doc__)
     parser.add_argument("run", metavar="RUN", help="a folder that train.py wrote")
     visualize.picture_options(parser)
     parser.add_argument("--output", metavar="FILE", help="the page, FILE.html (RUN/pictures/explore.html)")
@@ -135,13 +134,13 @@ def main(args):
     """Computes the numbers of the pictures, writes the page and says where."""
     machine.use_device(args.device)
     checkpoint = runs.read_checkpoint(args.run)
+    places.check_file(args.output, "--output")
     model = runs.build(args.run, checkpoint, args.device, model=args.model)
     with torch.no_grad():
         text_features = model.encode_prompts()
     pictures = [look(model, text_features, image, path, truth)
                 for path, truth, image in visualize.chosen(args.run, checkpoint, model, args)]
 
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     paper = Path(os.path.relpath(PAPER, args.output.parent.resolve())).as_posix()
     machine.write_text(args.output, page({"run": args.run, **described(model), "pictures": pictures}, paper))
     print(f"wrote {args.output}, {args.output.stat().st_size / 1000:.0f} kB")

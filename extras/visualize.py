@@ -26,7 +26,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import data
-from harness import machine, runs
+from harness import machine, places, runs
 from harness.parser import Parser
 from clip.loader import MEAN, STD
 from methods.variants import IndependentTopK
@@ -423,11 +423,9 @@ def read_curves(run):
 
 def run_items(run, checkpoint, data_root, split):
     """The pictures that a run was trained on, or those of its other parts that it was not trained on."""
-    if split != "train":
-        return runs.unseen_pictures(run, checkpoint, data_root, split)[0]
-    config = checkpoint["config"]
-    items, *_, class_names = runs.load_pictures(config, data_root)
-    runs.check_classes(run, checkpoint["class_names"], class_names)
+    if split == "train":
+        return runs.training_pictures(run, checkpoint, data_root)
+    items, _ = runs.unseen_pictures(run, checkpoint, data_root, split)
     return items
 
 
@@ -457,6 +455,7 @@ def picture_options(parser):
 
 def check_picture_options(parser, args):
     """Ends the program for a --count of no pictures. The split is the test split where none is given."""
+    parser.refuse_empty(args)
     if args.count < 1:
         parser.error(f"--count must be at least 1, got {args.count}")
     args.split = args.split or "test"
@@ -509,23 +508,27 @@ def main(args):
     run, folder = args.runs[0], Path(args.output or Path(args.runs[0]) / "pictures")
 
     def save(name, drawing):
-        folder.mkdir(parents=True, exist_ok=True)
         machine.write_whole(folder / f"{name}.png", lambda path: drawing.save(path, "PNG"))
         print(f"wrote {folder / name}.png", flush=True)
 
     if args.curves:
-        return save("curves", curves({run: read_curves(run) for run in args.runs}))
+        logs = {run: read_curves(run) for run in args.runs}
+        places.check_folder(folder, "--output")
+        return save("curves", curves(logs))
     machine.use_device(args.device)
     checkpoint = runs.read_checkpoint(run)
     config, class_names = checkpoint["config"], checkpoint["class_names"]
-    if args.batch:
-        return save("batch", training_batch(run, config, run_items(run, checkpoint, args.data_root, "train"),
-                                           args.model))
     args.class_name = args.class_name and normal(args.class_name)
     if args.class_name not in (None, *class_names):
         near = difflib.get_close_matches(args.class_name, class_names, cutoff=0)
         raise ValueError(f"--class {args.class_name!r} is none of the {len(class_names)} classes of {run}; near: "
                          + ", ".join(map(repr, near)))
+    if config["dataset"] == "folder":
+        places.check_apart(folder, args.data_root or config["data_root"], "--output")
+    places.check_folder(folder, "--output")
+    if args.batch:
+        items = run_items(run, checkpoint, args.data_root, "train")
+        return save("batch", training_batch(run, config, items, args.model))
     label = class_names.index(args.class_name) if args.class_name else None
     model = runs.build(run, checkpoint, args.device, model=args.model)
     changed = look_otherwise(model, {name: getattr(args, name) for name in ("n_support", "epsilon", "n_iters")})
@@ -535,7 +538,8 @@ def main(args):
     kind = "-".join([kind, *(f"{name.replace('_', '-')}{value:g}" for name, value in changed.items())])
     for i, (path, truth, image) in enumerate(chosen(run, checkpoint, model, args), 1):
         name = re.sub(r"[^\w.]+", "-", "-".join(Path(path).with_suffix("").parts[-3:])).strip("-")
-        name = name.encode()[-180:].decode(errors="ignore")      # why: a file's name has 255 bytes at most
+        # why: a file's name has 255 bytes at most; errors: it need not be text in any encoding
+        name = name.encode(errors="replace")[-180:].decode(errors="ignore")
         told = ", ".join([path, *(f"{name} {value:g} in place of {config[name]:g}" for name, value in changed.items())])
         save(f"{kind}-{i}-{name}", draw(model, text_features, image, told, truth, label))
 

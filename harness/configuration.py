@@ -1,11 +1,11 @@
 """From the options of train.py to a run: what follows from the machine, what is refused, where it is written."""
 
-import math
 import os
 import re
 from pathlib import Path
 
 import clip  # before torch: it bounds how long torch's threads wait
+from clip import tokenizer
 
 import torch
 
@@ -24,8 +24,11 @@ def saved_options(run):
         return {**runs.read_checkpoint(run)["config"], "output_dir": run}
 
 
-def fill_in(args, defaults, is_new=True):
-    """Puts in what depends on other options or on the machine; is_new: the run does not go on."""
+def fill_in(args, defaults, given, is_new=True):
+    """Puts in what depends on other options or on the machine.
+
+    given: the names of the options that were given; is_new: the run does not go on.
+    """
     args.device = machine.default_device() if args.device is None else args.device
     with machine.plain_errors():
         own = args.model or machine.default_model(args.dataset)
@@ -44,8 +47,10 @@ def fill_in(args, defaults, is_new=True):
     if restarted and not args.overwrite:                 # why: torchrun gave the same command again, after a failure
         args.resume = args.resume or True
     args.output_dir = str(args.output_dir or folder_name(vars(args), vars(defaults)))
-    if args.warmup_epochs < math.inf:                    # else check_args refuses it
+    if is_new and "warmup_epochs" not in given:
         args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
+    if is_new and "n_context" not in given and getattr(args, "words", None) and hasattr(args, "n_context"):
+        args.n_context = len(tokenizer.encode(args.words))     # why: the words fix how many vectors there are
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------
@@ -78,13 +83,27 @@ def check_args(args, world):
     if getattr(args, "plan", "") == "exact" and args.lambda_transport and args.batch_size > promptot.LARGEST_EXACT:
         raise ValueError(f"--plan exact tries all orders of a batch of at most {promptot.LARGEST_EXACT} images, got "
                          f"--batch-size {args.batch_size}: give a smaller one, or --plan sinkhorn")
+    check_context(args)
     data.template(args.dataset, args.template)
     if args.held_out is not None and not 0 < args.held_out < 1:
         raise ValueError(f"--held-out must lie between 0 and 1, got {args.held_out}")
     check_start(args)
+    if args.resume:
+        runs.root_of(vars(args))
     if args.dataset == "folder":
         places.check_apart(args.output_dir, args.data_root)
     runs.check_free(args.output_dir, configuration(args), args.resume, args.overwrite)
+
+
+def check_context(args):
+    """Raises ValueError for a warm-up longer than the run, and for words that are not --n-context vectors."""
+    if args.warmup_epochs > args.epochs:
+        raise ValueError(f"--warmup-epochs {args.warmup_epochs:g} is longer than the run, --epochs {args.epochs}")
+    if getattr(args, "words", None) and hasattr(args, "n_context") and not args.resume:
+        n_tokens = len(tokenizer.encode(args.words))
+        if args.n_context != n_tokens:
+            raise ValueError(f"--words {args.words!r} are {n_tokens} vectors, but --n-context is {args.n_context}: "
+                             "leave one out")
 
 
 def check_start(args):

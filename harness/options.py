@@ -69,13 +69,13 @@ def parse_args(argv=None, description=None):
     Defaults that depend on other options or on the machine are filled in here, so that the saved configuration is
     complete.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser("", "", add_help=False)
     first.add_argument("--method", default="sotglp")
     first.add_argument("--dataset", default="critters")
     first.add_argument("--resume", nargs="?", const=True)
     known, _ = first.parse_known_args(argv)
     saved = {}
-    if isinstance(known.resume, str):
+    if isinstance(known.resume, str) and known.resume.strip():
         from harness.configuration import saved_options  # why here and below: it needs torch
         saved = saved_options(known.resume)
     parser = make_parser(saved.get("method", known.method), known.dataset, description)
@@ -90,8 +90,15 @@ def parse_args(argv=None, description=None):
         parser.error(f"{args.method} has no {' '.join(unknown)}: {parser.near(unknown)}"
                      f"--method {args.method} --help lists what it has")
     from harness.configuration import fill_in
-    fill_in(args, parser.parse_args([]), is_new=not saved)
+    fill_in(args, parser.parse_args([]), given(parser, argv), is_new=not saved)
     return args
+
+
+def given(parser, argv):
+    """The names of the options that stand in argv, their defaults or not."""
+    unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))
+    args, _ = parser.parse_known_args(argv, unset)
+    return {name for name, value in vars(args).items() if value is not None}
 
 
 # ---- the parser ----------------------------------------------------------------------------------------------
@@ -153,7 +160,8 @@ def add_data_options(add, method, methods):
 
 def add_recipe_options(add):
     add("--epochs", metavar="N", type=int, help="all epochs, warm-up included (%(default)s)")
-    add("--warmup-epochs", metavar="X", type=float, help="at most a tenth of the epochs (%(default)s)")
+    add("--warmup-epochs", metavar="X", type=float,
+        help="linear warm-up (%(default)s, but at most a tenth of the epochs)")
     add("--batch-size", metavar="N", type=int, help="global batch, split over the processes (%(default)s)")
     add("--lr", metavar="X", type=float, help="peak learning rate of SGD (%(default)s)")
     add("--weight-decay", metavar="X", type=float, help="acts on all that is learned (%(default)s)")

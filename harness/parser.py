@@ -2,7 +2,9 @@
 
 import argparse
 import difflib
+import os
 import re
+from pathlib import Path
 
 
 def near(words, known):
@@ -11,6 +13,13 @@ def near(words, known):
     for word in words:
         found += difflib.get_close_matches(word, known, n=1)
     return f"did you mean {', '.join(found)}? " if found else ""
+
+
+def at_home(value):
+    """A value of an option with ~ at its start resolved; the same for a list of them."""
+    if isinstance(value, list):
+        return [at_home(one) for one in value]
+    return type(value)(os.path.expanduser(value)) if isinstance(value, (str, Path)) else value
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,11 +44,21 @@ class Parser(argparse.ArgumentParser):
         options = [word.partition("=")[0] for word in unknown if word.startswith("--")]
         return near(options, re.findall(r"--[\w-]+", self.format_help()))
 
-    def refuse_empty(self, args):
-        """Ends the program where an option was given an empty text, which else would count as not given."""
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse does; ~ becomes the user's folder where the shell left it, as in --csv=~/all.csv."""
+        args, unknown = super().parse_known_args(args, namespace)
         for name, value in vars(args).items():
-            if value in ("", [""]) and name != "device":         # why not device: it has a message of its own
-                self.error(f"--{name.replace('_', '-')} is empty")
+            setattr(args, name, at_home(value))
+        return args, unknown
+
+    def refuse_empty(self, args):
+        """Ends the program where a text is empty or blank, which else would count as not given."""
+        for action in self._actions:
+            value = getattr(args, action.dest, None)
+            texts = value if isinstance(value, list) else [value]
+            # why not device: it has a message of its own
+            if action.dest != "device" and any(isinstance(text, str) and not text.strip() for text in texts):
+                self.error(f"{(action.option_strings or [action.metavar])[0]} is empty")
 
     def error(self, message):
         """Ends the program with one line in place of the whole usage, and exit code 2."""

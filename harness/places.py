@@ -97,16 +97,16 @@ def remove(folder, names=REPORTS):
         (Path(folder) / name).unlink(missing_ok=True)
 
 
-def check_apart(folder, root):
+def check_apart(folder, root, option="--output-dir"):
     """Raises ValueError for a folder of results among class folders of one's own pictures.
 
     why: the next command would take it for a class.
     """
     real = Path(os.path.realpath(folder))
-    for part in folders.layout(root).values():
+    parts = folders.layout(root) if os.path.isdir(root) else {}
+    for part in parts.values():
         if real.is_relative_to(os.path.realpath(part)):
-            raise ValueError(f"{folder} lies in {part}, whose folders are classes: name an --output-dir "
-                             "elsewhere")
+            raise ValueError(f"{folder} lies in {part}, whose folders are classes: name an {option} elsewhere")
 
 
 # ---- any file or folder that an option names ---------------------------------------------------------------

@@ -4,7 +4,7 @@ import functools
 import itertools
 import os
 import sys
-from multiprocessing.pool import ThreadPool
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import clip  # before torch: it bounds how long torch's threads wait
@@ -55,7 +55,13 @@ def predict(model, paths, top=5, batch_size=100):
 @torch.no_grad()
 def predictions(model, pictures, top=5, batch_size=100, workers=1):
     """Yields (picture, Prediction), or (picture, ValueError) for one that cannot be read; workers: threads."""
+    if top < 1 or batch_size < 1:
+        raise ValueError(f"top and batch_size must be at least 1, got {top} and {batch_size}")
     device = model.clip.logit_scale.device
+    dtype = model.clip.logit_scale.dtype
+    if dtype != torch.float32:
+        raise ValueError(f"the model must be in float32, as load_run gives it, found {dtype}: autocast computes in "
+                         "less")
     if isinstance(pictures, (str, os.PathLike, Image.Image)):
         pictures = [pictures]
     pictures = iter(pictures)
@@ -63,9 +69,9 @@ def predictions(model, pictures, top=5, batch_size=100, workers=1):
     model.eval()
     text_features = model.encode_prompts()                   # why here: the prompts do not change between images
 
-    with ThreadPool(max(1, workers)) as pool:                # why threads: Pillow decodes outside Python's lock
+    with ThreadPoolExecutor(max(1, workers)) as pool:        # why threads: Pillow decodes outside Python's lock
         while batch := [*itertools.islice(pictures, batch_size)]:
-            images = pool.map(read, batch)                                         # (3, R, R) each, or ValueError
+            images = [*pool.map(read, batch)]                                      # (3, R, R) each, or ValueError
             readable = [image for image in images if torch.is_tensor(image)]
             found = []
             if readable:
@@ -81,7 +87,8 @@ def read_as_tensor(picture, transform):
     """A path or a PIL image as a tensor (3, R, R), or as the ValueError that says why it cannot be read."""
     try:
         if isinstance(picture, Image.Image):
-            return data.to_tensor(data.as_seen(picture), transform, picture)
+            with data.reading(picture):                      # why: Pillow reads a file only when it is asked to
+                return data.to_tensor(data.as_seen(picture), transform, picture)
         return data.to_tensor(data.read_image(os.fspath(picture), as_people_see=True), transform, picture)
     except ValueError as error:
         return error

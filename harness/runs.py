@@ -164,7 +164,7 @@ def read_log(run):
     path = Path(run) / "log.jsonl"
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}; train.py --resume {run} writes it again from last.pt") from error
 
 
@@ -179,7 +179,7 @@ def read_result(run):
                      if not isinstance(result["config"].get(name), str)]
             # why: a mean of several would be no number
             wrong += [] if 0 <= result["accuracy"] <= 100 else ["accuracy in percent"]
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}; remove it, and train.py --resume {run} "
                          "tests the run again") from error
     if wrong:
@@ -289,7 +289,7 @@ def check_data(run, before, now):
         if before.get(part) != now[part]:
             then = before[part][0] if part in before else "unknown"
             raise ValueError(f"{run} was started with other {part} pictures ({then} then, {now[part][0]} now, of other "
-                             "names or labels): give the same data, or another --output-dir without --resume")
+                             "names or labels): give the same data by --data-root, or start another run")
 
 
 def check_kind(run, checkpoint, other, other_checkpoint):
@@ -331,8 +331,27 @@ def load_pictures(config, data_root=None, classes=None):
 
 
 def root_of(config, data_root=None, dataset=None):
-    """The folder of a run's dataset, or of another one: the one given, else the run's own."""
-    return data.find_root(dataset or config["dataset"], data_root) if data_root else config["data_root"]
+    """The folder of a run's dataset, or of another one: the one given, else the run's own.
+
+    Raises FileNotFoundError where the run's own is not there any more.
+    """
+    if data_root:
+        return data.find_root(dataset or config["dataset"], data_root)
+    root = config["data_root"]
+    if config["dataset"] != "critters" and not os.path.isdir(root):
+        raise FileNotFoundError(f"there is no folder {root}, which had the pictures of the run: --data-root names "
+                                "where they are now")
+    return root
+
+
+def training_pictures(run, checkpoint, data_root=None):
+    """The pictures that a run was trained on. Raises ValueError where they, or its classes, are others now."""
+    config = checkpoint["config"]
+    items, *_, class_names = load_pictures(config, data_root)
+    check_classes(run, checkpoint["class_names"], class_names)
+    now = digest(items, root_of(config, data_root))
+    check_data(run, checkpoint["data"], {"training": now})
+    return items
 
 
 def unseen_pictures(run, checkpoint, data_root=None, split="test", on=None, classes=None):
@@ -347,7 +366,8 @@ def unseen_pictures(run, checkpoint, data_root=None, split="test", on=None, clas
     if checkpoint["epoch"] < config.get("epochs", 0):
         print(f"note: {run} is not finished: it stands at epoch {checkpoint['epoch']} of {config['epochs']}",
               flush=True)
-    if dataset != config["dataset"]:                       # why: equal names then do not mean equal pictures
+    elsewhere = on and os.path.realpath(root) != os.path.realpath(config["data_root"])
+    if dataset != config["dataset"] or elsewhere:          # why: equal names then do not mean equal pictures
         trained = set()
     unseen = [item for item in items if relative_path(item[0], root) not in trained]
     if len(unseen) < len(items):

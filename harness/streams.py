@@ -41,6 +41,9 @@ class Stream:
     def flush(self):
         self.attempt(self.stream.flush)
 
+    def isatty(self):
+        return not self.stream.closed and self.stream.isatty()
+
     def attempt(self, action, *arguments):
         """Prints. What a full disk or a closed stream refuses is lost."""
         try:
@@ -66,6 +69,10 @@ def safe_streams():
         try:
             yield
             sys.stdout.flush()
+        except BaseException:
+            with contextlib.suppress(ReaderGone):          # why: what ends the program now is said first
+                sys.stdout.flush()
+            raise
         finally:
             sys.stdout, sys.stderr = kept
 

@@ -8,9 +8,16 @@ class names of ImageNet come from addresses whose content is fixed by a commit; 
 """
 
 import collections
+import contextlib
 import os
+import shutil
 import sys
-from multiprocessing.pool import ThreadPool
+import tarfile
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+
 
 GITHUB = "https://raw.githubusercontent.com"
 SPLITS = (f"{GITHUB}/linzhiqiu/cross_modal_adaptation/ac9077ee4e422f768c9b9109551468605e33ec9a/splits",
@@ -21,6 +28,9 @@ CLASSNAMES_DIGEST = "89e0b642c6697a3a43a06a2bb65f9fefb3ca295ccc5f4ba9ce385f1a3a5
 TORCHVISION = {"caltech101": "Caltech101", "oxford_pets": "OxfordIIITPet", "oxford_flowers": "Flowers102",
                "food101": "Food101", "fgvc_aircraft": "FGVCAircraft", "sun397": "SUN397", "dtd": "DTD",
                "eurosat": "EuroSAT"}
+# What urllib, tarfile, zipfile and torchvision raise where a download breaks off or is not what it should be.
+BROKEN = (OSError, RuntimeError, ValueError, EOFError, HTTPException, tarfile.TarError, zipfile.BadZipFile,
+          zlib.error)
 LIST_LIMIT = 64 * 2**20                            # bytes that a list may have
 BY_HAND = {
     "imagenet": "register at https://image-net.org, get ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, unpack "
@@ -95,15 +105,8 @@ def download(name, row, root):
     if name in BY_HAND:
         print(f"{name}: the pictures must be downloaded by hand\n" + tree(name, row, root), flush=True)
     elif not os.path.isdir(locate(row, root)[1]):
-        import torchvision  # why here: as in clip.preprocess
         print(f"{name}: torchvision downloads the pictures into {root}", flush=True)
-        try:
-            getattr(torchvision.datasets, TORCHVISION[name])(root, download=True)
-        except ModuleNotFoundError:
-            pass    # why: all is there by then; Flowers102 needs scipy for its labels only, and we use the split file's
-        except (OSError, RuntimeError) as error:
-            raise OSError(f"{name}: torchvision could not download the pictures: {error}\n"
-                          + tree(name, row, root, failed=True))
+        download_pictures(name, row, root)
     home, _ = locate(row, root)
     for file in row.lists:
         path = f"{home}/{file}"
@@ -113,6 +116,34 @@ def download(name, row, root):
             addresses, expected = (SPLITS, row.digest) if row.digest else (CLASSNAMES, CLASSNAMES_DIGEST)
             fetch([f"{address}/{os.path.basename(file)}" for address in addresses], path, expected, LIST_LIMIT)
             print(f"{path} downloaded, digest as expected")
+
+
+def download_pictures(name, row, root):
+    """Lets torchvision fetch and unpack the pictures. They come into the root whole, or not at all."""
+    import torchvision  # why here: as in clip.preprocess
+    part = os.path.join(root, f"{name}.part")
+    try:
+        os.makedirs(part, exist_ok=True)
+        # why: all is there where a module is missing: Flowers102 needs scipy for its labels, which we do not use
+        with contextlib.suppress(ModuleNotFoundError):
+            getattr(torchvision.datasets, TORCHVISION[name])(part, download=True)
+        move_into(part, root)
+    except BROKEN as error:
+        text = str(error) or type(error).__name__
+        raise OSError(f"{name}: torchvision could not download the pictures: {text}\n"
+                      + tree(name, row, root, failed=True)) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def move_into(folder, other):
+    """Moves all that a folder holds into another one, folder by folder where both have one of the same name."""
+    for entry in os.scandir(folder):
+        place = os.path.join(other, entry.name)
+        if entry.is_dir() and os.path.isdir(place):
+            move_into(entry.path, place)
+        else:
+            os.replace(entry.path, place)
 
 
 # ---- checking ------------------------------------------------------------------------------------------------
@@ -155,9 +186,13 @@ def unreadable(paths, read_image):
             return str(error)
 
     faults = []
-    with ThreadPool(os.cpu_count()) as pool:       # why threads: Pillow decodes outside Python's lock
-        for count, found in enumerate(pool.imap(fault, paths, chunksize=16), start=1):
-            faults += [found] if found else []
-            if sys.stderr.isatty() and (count % 100 == 0 or count == len(paths)):
-                print(f"\r{count} of {len(paths)} pictures read", end="\n" * (count == len(paths)), file=sys.stderr)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:       # why threads: Pillow decodes outside Python's lock
+        for start in range(0, len(paths), 100):            # why in pieces: the pool takes all that it is given
+            piece = paths[start : start + 100]
+            faults += filter(None, pool.map(fault, piece))
+            if sys.stderr.isatty():
+                done = start + len(piece)
+                print(f"\r{done} of {len(paths)} pictures read", end="", file=sys.stderr, flush=True)
+    if paths and sys.stderr.isatty():
+        print(file=sys.stderr)
     return faults
