@@ -29,6 +29,8 @@ import data
 from harness import machine, places, runs
 from harness.parser import Parser
 from clip.loader import MEAN, STD
+from clip.precision import unit
+from methods.lsn import LSN
 from methods.variants import IndependentTopK
 from sources.listing import normal
 from sotglp import SOTGLP, check_support, saliency, sparse_transport
@@ -224,7 +226,7 @@ def look(model, images, text_features, label=None):
     if label is None:
         label = int(model.logits(outputs)[0].argmax())
     similarity = patch_cosines(model, images, text_features, label)                # (P, L)
-    alike = prompt_cosines(text_features, label)
+    alike = prompt_cosines(model, text_features, label)
     if not model.has_plan and not shares_support(model):
         return Look(probabilities, label, similarity, prompt_cosines=alike)
     n_support = getattr(model, "n_support", len(similarity))
@@ -245,22 +247,38 @@ def patch_cosines(model, images, text_features, label):
     """
     if text_features is None:                                                      # each picture has its own
         return model.cosines(images, None)[1][0, :, [label]]                       # (P, 1)
-    *others, prompts = text_features if isinstance(text_features, tuple) else (text_features,)
-    prompts = prompts[[label]]                                                     # (1, L, D), or (1, D) where L is 1
+    prompts = patch_prompts(model, text_features)[[label]]                         # (1, L, D), or (1, D) where L is 1
+    cosines = []
     # why one by one: a method's `cosines` averages over the prompts that it is given
-    alone = prompts.split(1, dim=1) if prompts.dim() == 3 else [prompts]
-    cosines = [model.cosines(images, (*others, prompt) if others else prompt)[1] for prompt in alone]   # (1, P, 1)
+    for prompt in prompts.split(1, dim=1) if prompts.dim() == 3 else [prompts]:
+        given = prompt
+        if isinstance(text_features, tuple):
+            kinds = [*text_features]
+            kinds[patch_kind(model)] = prompt
+            given = tuple(kinds)
+        cosines.append(model.cosines(images, given)[1])                            # (1, P, 1)
     return None if cosines[0] is None else torch.cat(cosines, dim=2)[0]
 
 
-def prompt_cosines(text_features, label):
+def patch_kind(model):
+    """Which of several kinds of text features patches are compared with: the last; of LSN the positive ones."""
+    return 0 if isinstance(model, LSN) else -1
+
+
+def patch_prompts(model, text_features):
+    """The text features that patches are compared with: (C, L, D), or (C, D) where L is 1."""
+    return text_features[patch_kind(model)] if isinstance(text_features, tuple) else text_features
+
+
+def prompt_cosines(model, text_features, label):
     """The cosines of the prompts of a class that patches are compared with: (L, L); None where it has one prompt."""
     if text_features is None:
         return None
-    prompts = text_features[-1] if isinstance(text_features, tuple) else text_features
+    prompts = patch_prompts(model, text_features)
     if prompts.dim() < 3 or prompts.shape[1] < 2:
         return None
-    return prompts[label] @ prompts[label].T
+    prompts = unit(prompts[label])         # why: PLOT++ has raw text features
+    return prompts @ prompts.T
 
 
 def transport(similarity, n_support, epsilon=0.1, n_iters=20):

@@ -9,6 +9,7 @@ import torch
 
 import ood
 from conftest import images, train, unit_vectors
+from extras import visualize
 from methods import coop, lsn
 from methods.lsn import LSN
 
@@ -64,6 +65,9 @@ def test_the_confidence_adds_what_positive_and_negative_texts_say():
     assert lsn.confidence(cosines, negative[:, :1]).item() == pytest.approx(1.064829, abs=1e-6)
     both = sigmoid(.2) + (sigmoid(.06) + sigmoid(.1)) / 2
     torch.testing.assert_close(lsn.confidence(cosines, negative), torch.tensor([both], dtype=DOUBLE))
+    # three classes, of which the first is resembled least: (.18, .12, .12), so 1 / (1 + 2 exp(-.06)); and a third
+    three = lsn.confidence(torch.zeros(1, 3), torch.tensor([[[.1, .4, .4]]]))
+    assert three.item() == pytest.approx(1 / 3 + 1 / (1 + 2 * math.exp(-.06)), abs=1e-6)
 
 
 def test_the_functions_are_float32_at_least():
@@ -130,6 +134,7 @@ def test_the_methods_confidence_reads_images_and_features(model):
     cls, _ = model.clip.encode_patches(batch, "value")
     image = torch.nn.functional.normalize(cls @ model.clip.visual.proj, dim=-1)
     negative = torch.stack([image @ texts[1][:, s].T for s in range(2)], dim=1)    # (B, S, C)
+    torch.testing.assert_close(cosines, image @ texts[0].T)
     found = model.confidence(batch, texts)
     torch.testing.assert_close(found, lsn.confidence(cosines, negative))
     torch.testing.assert_close(model.confidence(model.features(batch), texts), found)
@@ -159,3 +164,10 @@ def test_a_method_without_a_score_of_its_own_has_no_such_row(model, clip_model):
         assert ("own" in rows) == (method is model)
         if method is model:
             torch.testing.assert_close(rows["own"], model.confidence(batch, texts["run"]).double())
+
+
+def test_pictures_show_the_patches_beside_the_positive_text(model):
+    batch, texts = images(1), model.encode_prompts()
+    found = visualize.patch_cosines(model, batch, texts, 2)
+    torch.testing.assert_close(found, model.cosines(batch, texts)[1][0, :, [2]])   # (P, 1)
+    assert visualize.look(model.eval(), batch, texts).prompt_cosines is None       # of one prompt

@@ -5,7 +5,9 @@ import torch
 
 import clip
 
+from clip.model import CLIP
 from conftest import images, unit_vectors
+from extras import visualize
 from methods import plot, plotpp
 from methods.plotpp import PLOTPP
 
@@ -123,3 +125,16 @@ def test_words_of_different_numbers_of_tokens_are_refused(words, message, clip_m
 def test_another_stage_is_refused(stage, clip_model):
     with pytest.raises(ValueError, match=f"--stage must be 1 or 2, got {stage}"):
         PLOTPP(clip_model, NAMES, stage=stage)
+
+
+def test_image_prompts_are_as_wide_as_the_image_tower():
+    other = CLIP(32, 32, 8, 64, 2, 77, 49408, 128, 2)          # towers 64 and 128 wide
+    model = PLOTPP(other, NAMES, n_image_prompts=3)
+    assert model.image_prompts.shape == (3, 2, 64) and model.text_prompts.shape == (4, 4, 128)
+
+
+def test_pictures_say_how_much_the_texts_are_alike_as_unit_vectors(make):
+    model = make()
+    texts = model.encode_prompts()
+    found = visualize.look(model.eval(), images(1), texts, label=1).prompt_cosines
+    torch.testing.assert_close(found, unit(texts[1]) @ unit(texts[1]).T)

@@ -234,12 +234,13 @@ def test_the_axis_shows_a_quantity_that_hardly_moves(values, first, monkeypatch)
 def test_prompts_that_are_nearly_alike_are_said_to_be():
     # unit vectors: 0.6 * 0.8 + 0.8 * 0.6 = 0.96 is the cosine of the last two, 0.6 and 0.8 are the others
     prompts = torch.tensor([[[1, 0], [0.6, 0.8], [0.8, 0.6]], [[0, 1.0], [0, 1], [0, 1]]])
-    cosines = visualize.prompt_cosines((None, prompts), 0)
+    cosines = visualize.prompt_cosines(None, (None, prompts), 0)
     torch.testing.assert_close(cosines, torch.tensor([[1, 0.6, 0.8], [0.6, 1, 0.96], [0.8, 0.96, 1]]))
     assert visualize.told_of_prompts(cosines).endswith("their maps: prompts 2 and 3 (0.96)")
     assert visualize.told_of_prompts(cosines[:2, :2]) == visualize.told_of_prompts(None) == ""
-    assert visualize.told_of_prompts(visualize.prompt_cosines(prompts, 1)).count("(1.00)") == 3
-    assert visualize.prompt_cosines(prompts[:, :1], 0) is visualize.prompt_cosines(prompts[:, 0], 0) is None
+    assert visualize.told_of_prompts(visualize.prompt_cosines(None, prompts, 1)).count("(1.00)") == 3
+    for one in (prompts[:, :1], prompts[:, 0]):
+        assert visualize.prompt_cosines(None, one, 0) is None
 
 
 def test_an_axis_of_zeros_has_a_length():
