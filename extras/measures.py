@@ -82,8 +82,7 @@ def print_table(args, table):
         heads = ["accuracy", *(AUROC[column] for column in scores), "s/epoch", "parameters"]
         if printed:
             heads.append("the paper's")
-        print(f"\n{heading(args, dataset, shots)}: mean +- standard deviation; AUROC is the mean over the "
-              "OOD sets")
+        print(f"\n{heading(args, dataset, shots)}: mean +- standard deviation")
         print_line("", heads)
 
         for name, values in rows.items():
@@ -93,8 +92,8 @@ def print_table(args, table):
             if printed:
                 cells.append(printed.get(args.rows[name].column, ""))
             print_line(args.rows[name].label, cells)
-    print("\nA method's epochs, rate and batch are its own (train.py --method NAME --help). An OOD cell is "
-          "empty where a method has no such score.")
+    print("\nA method's epochs, rate and batch are its own (train.py --method NAME --help). AUROC is the mean "
+          "over the OOD\nsets, where there are any, and empty where a method has no such score.")
 
 
 def print_base_to_new(args, table):

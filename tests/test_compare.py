@@ -39,6 +39,8 @@ def started(monkeypatch):
 
     monkeypatch.setattr(children.subprocess, "Popen", pretend)
     monkeypatch.setattr(children, "PAUSE", 0)
+    # why: to read them takes longer than all else here
+    monkeypatch.setattr(reuse, "weights_hash", functools.cache(lambda model, activation: f"hash of {model}"))
     return commands
 
 
@@ -279,6 +281,11 @@ def test_a_run_with_other_weights_is_refused(started, tmp_path, monkeypatch):
         run(tmp_path, "--methods", "linear_probe", "--seeds", "1")
 
 
+def test_what_is_compared_is_what_a_run_says(trained):
+    _, _, checkpoint = read(trained)
+    assert reuse.made_from(checkpoint["config"]) == {name: checkpoint[name] for name in reuse.MADE_FROM}
+
+
 def test_every_command_of_a_row_finds_data_that_moved(started, mine, tmp_path):
     options = ("--classes", "base")
     run(tmp_path / "out", *on_mine(mine, *options))
@@ -419,12 +426,14 @@ def test_weights_of_a_run_agree_with_its_result(trained, tmp_path):
     assert weights["test"]["0.25"] == weights["test"]["fused"] == result["accuracy"]
     for branch in ("global", "local"):
         assert weights["test"][branch] == result[f"{branch}_accuracy"]
+    assert weights["data"] == reuse.expected_fields(job_in(run, []), "weights.json")["data"]
 
 
 def test_weights_are_those_of_the_classes_and_pictures_of_the_run(trained, mine, clip_file, tmp_path, capsys):
     training = read(trained)[2]["training"]
     folder = copy(trained, tmp_path / "run", training=[*training, "test/sea/1.png"])
-    options = ["--weights", str(folder), "--device", "cpu", "--data-root", str(mine), "--model", str(clip_file)]
+    options = ["--weights", str(folder), "--device", "cpu"]
+    options += ["--data-root", str(mine), "--model", str(clip_file)]
     compare.main(compare.parse_args(options))
     assert "was trained on 1 of the 7 test pictures of today" in capsys.readouterr().out
     assert json.loads((folder / "weights.json").read_text())["data"]["test"][0] == 6

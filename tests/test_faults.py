@@ -130,14 +130,26 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
-def test_a_rank_ends_when_its_parent_is_gone():
-    # parent (killed) -> rank, which holds the writing end of a pipe: the pipe ends when the rank does
+def wait_as_a_rank(parent):
+    machine.end_with_parent()
+    time.sleep(60)
+
+
+def wait_as_a_command(parent):
+    os.environ[machine.STARTED_BY] = str(parent)
+    with machine.plain_errors():
+        time.sleep(60)
+
+
+@pytest.mark.parametrize("wait", [wait_as_a_rank, wait_as_a_command])
+def test_a_process_ends_when_its_parent_is_gone(wait):
+    # parent (killed) -> process, which holds the writing end of a pipe: the pipe ends when the process does
     reading, writing = os.pipe()
 
     def parent():
+        number = os.getpid()
         if not os.fork():
-            machine.end_with_parent()
-            time.sleep(60)
+            wait(number)
             os._exit(0)
         os.close(writing)
 
