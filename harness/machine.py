@@ -53,7 +53,7 @@ def default_workers(device):
 def default_text_chunk(device):
     """How many classes go through the text tower at once, where no number is given.
 
-    why more on a GPU: there a chunk costs the launches of its kernels, on a CPU the padding of its shorter names.
+    why more on a GPU: there a chunk costs the launches of its kernels, on a CPU the padding of shorter names.
     """
     return 1000 if device.startswith("cuda") else 200
 
@@ -61,7 +61,7 @@ def default_text_chunk(device):
 def check_device(name, amp="off", n_processes=None):
     """Raises ValueError for a device that does not exist here, and for a precision that it lacks.
 
-    n_processes: how many processes of this machine need one each; as many as torchrun started here where None.
+    n_processes: how many of this machine need one each; as many as torchrun started here where None.
     """
     try:
         device = torch.device(name)
@@ -83,8 +83,9 @@ def check_device(name, amp="off", n_processes=None):
                          "--device cpu, or start fewer processes")
     # why not as torch says: it takes an emulation for support, which is slower than float32
     if amp == "bf16" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
-        raise ValueError(f"--amp bf16 needs a GPU of compute capability 8.0 or higher, {name} has "
-                         f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}: give --amp fp16 or off")
+        major, minor = torch.cuda.get_device_capability(device)
+        raise ValueError(f"--amp bf16 needs a GPU of compute capability 8.0 or higher, {name} has {major}.{minor}: "
+                         "give --amp fp16 or off")
 
 
 def use_device(name, amp="off"):
@@ -102,7 +103,7 @@ def set_up_gpu(index):
     """Makes a GPU the current one, and settles how torch computes on it -> torch.device."""
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)         # why: what names no GPU, result.json among it, means this one
-    # why: cuDNN's attention makes a plan for each new shape, which takes about half a second; texts have many lengths
+    # why: cuDNN's attention makes a plan for each new shape, in about half a second; texts have many lengths
     torch.backends.cuda.enable_cudnn_sdp(False)
     # why: --amp off means float32, of which TF32 keeps 10 of 23 bits
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -205,7 +206,7 @@ def own_gpu(device):
     n_gpus = torch.cuda.device_count()
     if device.index is not None:
         raise ValueError(f"--device {device} is one GPU for several processes: give --device cuda")
-    if n_gpus == 1:                       # why: srun shows each of its tasks one GPU, which then has the number 0
+    if n_gpus == 1:                       # why: srun shows each of its tasks one GPU, which then is number 0
         return 0
     if "LOCAL_RANK" not in os.environ:
         raise ValueError(f"LOCAL_RANK is not set, and this process sees {n_gpus} GPUs: set it to the number of the "
@@ -221,7 +222,7 @@ def join(rank, world, device):
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     if under_torchrun():
         end_with_parent()
-    else:                                 # why: who started them by hand may have forgotten one, or an old WORLD_SIZE
+    else:                                 # why: of processes started by hand one may be missing
         print(f"process {rank} of {world} waits at {place} for the others, up to {WAIT.seconds // 60} minutes",
               flush=True)
     # why gloo: NCCL does not exist on Windows

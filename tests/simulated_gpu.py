@@ -1,8 +1,8 @@
 """A GPU that is not there: CUDA tensors are fake, with a shape, a type and a device, but without values.
 
-torch's fake tensors refuse what a GPU refuses (tensors of two devices in one operation) and what needs a value (`item`,
-a mask as an index). CPU tensors stay real. So a step runs here as it would there, and tells how many kernels it
-launches and where the host has to wait for the device. What cannot be seen here: values, speed, memory.
+torch's fake tensors refuse what a GPU refuses (tensors of two devices in one operation) and what needs a value
+(`item`, a mask as an index). CPU tensors stay real. So a step runs here as it would there, and tells how many
+kernels it launches and where the host has to wait for the device. What cannot be seen here: values, speed, memory.
 """
 
 import collections
@@ -34,7 +34,7 @@ class RealCPU(TorchDispatchMode):
             with unset_fake_temporarily():
                 return function(*args, **(kwargs or {}))
 
-        # why not the optimizer's step: this kernel has no fake form; it changes its tensors and gives nothing back
+        # why not the optimizer's step: this kernel has no fake form, and it gives nothing back
         is_step = str(function).startswith("aten._fused_sgd")
         result = None if is_step else function(*args, **(kwargs or {}))
         self.note(function, leaves, result, **(kwargs or {}))
@@ -70,15 +70,18 @@ def is_cuda(leaf):
 
 
 def attention(query, key, value, attn_mask=None, is_causal=False):
-    """The kernels that torch takes on a GPU: flash attention in half precision without a mask, else the other one."""
+    """The kernels that torch takes on a GPU: in half precision without a mask flash attention, else the other."""
     assert query.dtype == key.dtype == value.dtype, (query.dtype, key.dtype, value.dtype)
     if attn_mask is None and query.dtype != torch.float32:
-        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal)[0]
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, 0.0, is_causal)[0]
+
     bias = None
     if attn_mask is not None:
         bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
         bias = bias.expand(*query.shape[:-1], key.shape[-2])
-    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, 0.0, is_causal)[0]
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    return efficient(query, key, value, bias, True, 0.0, is_causal)[0]
 
 
 def to(module, device):
@@ -121,7 +124,7 @@ def fitting(gradient, tensor):
 
 
 def replace(monkeypatch):
-    """A GPU for torch's own questions: autocast wants to know whether there is one, and whether it has bfloat16."""
+    """A GPU for torch's own questions: autocast asks whether there is one, and whether it has bfloat16."""
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)

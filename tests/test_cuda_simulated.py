@@ -1,6 +1,6 @@
 """The GPU path without a GPU: what would stop it, make it wait or make it slow shows with fake tensors.
 
-simulated_gpu.py says how. Widths are those of CLIP ViT-B/16; of its 12 blocks, which are all alike, two are enough.
+simulated_gpu.py says how. Widths are those of CLIP ViT-B/16; of its 12 blocks, all alike, two are enough.
 """
 
 import pytest
@@ -14,8 +14,10 @@ from harness import machine
 from methods import METHODS, promptot
 from simulated_gpu import is_cuda
 
-NAMES = ["annual crop land", "forest", "herbaceous vegetation land", "highway or road", "industrial buildings",
-         "pasture land", "permanent crop land", "residential buildings", "river", "sea or lake"]    # EuroSAT
+# EuroSAT
+NAMES = ["annual crop land", "forest", "herbaceous vegetation land", "highway or road",
+         "industrial buildings", "pasture land", "permanent crop land", "residential buildings", "river",
+         "sea or lake"]
 
 
 @pytest.fixture
@@ -122,7 +124,8 @@ def test_cached_features_are_picked_without_waiting(gpu):
     gpu.waits.clear()
     (first, labels), (second, _) = cached
     assert gpu.waits == [] and len(labels) == 2
-    assert [tuple(part.shape) for part in (*first, *second)] == [(2, 768), (2, 196, 768), (1, 768), (1, 196, 768)]
+    shapes = [tuple(part.shape) for part in (*first, *second)]
+    assert shapes == [(2, 768), (2, 196, 768), (1, 768), (1, 196, 768)]
 
 
 def test_a_step_launches_no_more_kernels_than_it_needs(gpu):

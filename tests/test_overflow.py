@@ -21,7 +21,7 @@ def uninitialised():
 
 
 def trained_weights(factors, device="cpu"):
-    """The weights after a step for each factor of the loss, by the optimizer that a GPU has; inf: an overflow."""
+    """The weights after a step for each factor of the loss, by the optimizer of a GPU; inf: an overflow."""
     torch.manual_seed(0)
     layer, inputs = nn.Linear(3, 2).to(device), torch.rand(4, 3).to(device)
     args = argparse.Namespace(lr=0.1, weight_decay=0.01, amp="off")
@@ -61,6 +61,6 @@ def test_skipped_steps_are_counted_and_shown(fp16, capsys):
 
 
 def test_an_epoch_without_a_step_is_refused(fp16, tmp_path):
-    with pytest.raises(SystemExit, match="epoch 1: all 3 steps were skipped, their gradients overflowed in fp16: try"):
+    with pytest.raises(SystemExit, match="epoch 1: all 3 steps were skipped, their gradients overflowed in"):
         fp16(init_scale=2.0**127)
     assert not (tmp_path / "last.pt").exists() and not (tmp_path / "result.json").exists()
