@@ -24,7 +24,7 @@ def sigmoid(x):
 # ---- by hand
 
 def test_the_own_class_is_the_one_that_the_image_resembles_least():
-    # cosines .1 and .4: logits 20 * .9 = 18 and 20 * .6 = 12, so p = (.997527, .002473) and the loss of label 0 is
+    # cosines .1 and .4: logits 20 * .9 = 18 and 20 * .6 = 12, so p = (.997527, .002473). The loss of label 0 is
     # .002476; of the softmax of p, it is ln(1 + exp(.002473 - .997527)) = .314594
     logits = lsn.negative_logits(torch.tensor([[.1, .4]], dtype=DOUBLE))
     torch.testing.assert_close(logits, torch.tensor([[18, 12]], dtype=DOUBLE))
@@ -36,8 +36,9 @@ def test_the_own_class_is_the_one_that_the_image_resembles_least():
 
 
 def sets():
-    """Of two classes the texts of three sets; cosines of the first class: .6, 0, .8, of the second: 1, 0, 0."""
-    return torch.tensor([[[1, 0], [.6, .8], [0, 1]], [[1, 0], [1, 0], [0, 1]]], dtype=DOUBLE, requires_grad=True)
+    """Of two classes the texts of three sets; cosines of the first: .6, 0, .8, of the second: 1, 0, 0."""
+    text = torch.tensor([[[1, 0], [.6, .8], [0, 1]], [[1, 0], [1, 0], [0, 1]]], dtype=DOUBLE)
+    return text.requires_grad_()
 
 
 def test_diversity_is_the_mean_cosine_with_the_other_sets():
@@ -46,7 +47,7 @@ def test_diversity_is_the_mean_cosine_with_the_other_sets():
 
 
 def test_the_other_sets_are_constant_in_the_gradient():
-    # of the first set in the first class: the mean of the others, (.3, .9), over two classes; not twice as much
+    # of the first set in the first class: the mean of the others, (.3, .9), over two classes; not twice that
     text = sets()
     gradient, = torch.autograd.grad(lsn.diversity(text).sum(), text)
     torch.testing.assert_close(gradient[0, 0], torch.tensor([.15, .45], dtype=DOUBLE))
@@ -59,13 +60,13 @@ def test_one_set_has_no_others():
 
 
 def test_the_confidence_adds_what_positive_and_negative_texts_say():
-    # cosines .3 and .1: sigmoid(.2) = .549834; set (.1, .4): sigmoid(.3 / 5) = .514996; set (.2, .7): sigmoid(.1)
+    # cosines .3, .1: sigmoid(.2) = .549834; sets (.1, .4): sigmoid(.3 / 5) = .514996, (.2, .7): sigmoid(.1)
     cosines = torch.tensor([[.3, .1]], dtype=DOUBLE)
     negative = torch.tensor([[[.1, .4], [.7, .2]]], dtype=DOUBLE)
     assert lsn.confidence(cosines, negative[:, :1]).item() == pytest.approx(1.064829, abs=1e-6)
     both = sigmoid(.2) + (sigmoid(.06) + sigmoid(.1)) / 2
     torch.testing.assert_close(lsn.confidence(cosines, negative), torch.tensor([both], dtype=DOUBLE))
-    # three classes, of which the first is resembled least: (.18, .12, .12), so 1 / (1 + 2 exp(-.06)); and a third
+    # three classes, the first is resembled least: (.18, .12, .12), so 1 / (1 + 2 exp(-.06)); and a third
     three = lsn.confidence(torch.zeros(1, 3), torch.tensor([[[.1, .4, .4]]]))
     assert three.item() == pytest.approx(1 / 3 + 1 / (1 + 2 * math.exp(-.06)), abs=1e-6)
 
@@ -94,7 +95,8 @@ def test_every_class_has_negative_contexts_of_its_own(model):
     model.negative_contexts.data[1, 2].normal_()
     text, negative = model.encode_prompts()
     changed = (negative - before[1]).abs().amax(dim=-1) > 1e-3                     # (C, S)
-    assert torch.equal(text, before[0]) and changed.tolist() == [[False, False], [False, False], [False, True]]
+    assert torch.equal(text, before[0])
+    assert changed.tolist() == [[False, False], [False, False], [False, True]]
 
 
 def test_a_negative_text_is_coops_with_this_context(model, clip_model):
@@ -120,7 +122,7 @@ def test_the_loss_adds_up_the_sets(double_softmax, lambda_diversity, clip_model)
     image = torch.nn.functional.normalize(cls @ clip_model.visual.proj, dim=-1)
     positive = lsn.objective(model.scale * image @ text.T, labels, double_softmax)
     sets = [lsn.objective(20 * (1 - image @ negative[:, s].T), labels, double_softmax) for s in range(2)]
-    apart = 2 * (negative[:, 0] * negative[:, 1]).sum(-1).mean()                   # each set with the other one
+    apart = 2 * (negative[:, 0] * negative[:, 1]).sum(-1).mean()           # each set with the other one
     loss, terms = model.loss(outputs, labels, 2)
     assert [*terms] == ["global", "negative", "diversity"]
     torch.testing.assert_close((terms["global"], terms["negative"], terms["diversity"]),
@@ -151,8 +153,10 @@ def test_ood_has_a_row_of_the_methods_own_score_and_csv_lists_it(options, pictur
     with open(tmp_path / "scores.csv") as file:
         lines = [*csv.DictReader(file)]
     # a confidence adds two probabilities of the likeliest of three classes: more than 2/3
-    scores = {name: [float(line["score"]) for line in lines if line["set"] == name] for name in ("ID", "clay")}
-    assert min(scores["ID"]) > 2 / 3 and 100 * ood.auroc(*scores.values()) == pytest.approx(table["own"]["clay"]["auroc"])
+    inside = [float(line["score"]) for line in lines if line["set"] == "ID"]
+    outside = [float(line["score"]) for line in lines if line["set"] == "clay"]
+    assert min(inside) > 2 / 3
+    assert 100 * ood.auroc(inside, outside) == pytest.approx(table["own"]["clay"]["auroc"])
 
 
 def test_a_method_without_a_score_of_its_own_has_no_such_row(model, clip_model):

@@ -25,8 +25,8 @@ def test_the_score_is_the_cosine_with_the_mean_text():
 
 
 def test_the_shift_is_half_the_variance_against_the_own_class():
-    # own class 0: its deviations are (.1, -.1) and (-.1, .1), those of class 1 are 0. In the first number, which alone
-    # the image sees: ((0 - .1)^2 + (0 + .1)^2) / (2 + 1) / 2 = .02 / 6. At the scale 10 it is 100 times as much.
+    # own class 0: its deviations are (.1, -.1) and (-.1, .1), those of class 1 are 0. The image sees the first
+    # number alone: ((0 - .1)^2 + (0 + .1)^2) / (2 + 1) / 2 = .02 / 6. At the scale 10: 100 times that.
     expected = torch.tensor([[0, .02 / 6]], dtype=DOUBLE)
     torch.testing.assert_close(proda.shift(IMAGE, TEXT, torch.tensor([0]), 1), expected)
     torch.testing.assert_close(proda.shift(IMAGE, TEXT, torch.tensor([0]), 10), 100 * expected)
@@ -34,7 +34,8 @@ def test_the_shift_is_half_the_variance_against_the_own_class():
 
 
 def test_the_shift_is_the_sum_over_prompts_and_numbers():
-    image, text, labels = unit_vectors(5, 7).double(), unit_vectors(4, 3, 7).double(), torch.tensor([3, 0, 0, 2, 1])
+    image, text = unit_vectors(5, 7).double(), unit_vectors(4, 3, 7).double()
+    labels = torch.tensor([3, 0, 0, 2, 1])
     deviation = text - text.mean(1, keepdim=True)
     found = proda.shift(image, text, labels, 30)
     for b, label in enumerate(labels):
@@ -75,7 +76,8 @@ def test_the_loss_by_hand():
 
 
 def test_the_functions_are_float32_under_autocast_and_keep_float64():
-    image, text, bare, labels = unit_vectors(2, 8), unit_vectors(3, 4, 8), unit_vectors(4, 8), torch.tensor([0, 2])
+    image, text, bare = unit_vectors(2, 8), unit_vectors(3, 4, 8), unit_vectors(4, 8)
+    labels = torch.tensor([0, 2])
     with torch.autocast("cpu", torch.bfloat16):
         found = proda.objective(image, text, bare, labels, 100.0)
     torch.testing.assert_close(found, proda.objective(image, text, bare, labels, 100.0))
@@ -122,7 +124,8 @@ def test_contexts_are_kept_apart_without_a_class_name(model, clip_model):
     # [SOS], context, ".", [EOT]
     tokens = model.clip.token_embedding.weight
     sos, stop, eot = 49406, 269, 49407
-    texts = torch.cat([tokens[sos].expand(5, 1, -1), model.global_prompts, tokens[[stop, eot]].expand(5, -1, -1)], 1)
+    before, behind = tokens[sos].expand(5, 1, -1), tokens[[stop, eot]].expand(5, -1, -1)
+    texts = torch.cat([before, model.global_prompts, behind], dim=1)
     expected = torch.nn.functional.normalize(clip_model.encode_embeddings(texts, torch.full((5,), 5)), dim=-1)
     bare = model.train()(images(1), torch.tensor([[0, 1]]))[3]
     torch.testing.assert_close(bare, expected, atol=1e-6, rtol=1e-5)

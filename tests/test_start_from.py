@@ -59,7 +59,7 @@ def test_stage_1_learns_image_prompts_and_stage_2_goes_on_with_both(stages, clip
     assert all((second[name] - first[name]).abs().max() > 0 for name in ("text_prompts", "image_prompts"))
 
 
-def test_stage_2_resumes_bit_for_bit_when_the_run_of_stage_1_is_gone(stages, plotpp_options, tmp_path, monkeypatch):
+def test_stage_2_resumes_bit_for_bit_when_stage_1_is_gone(stages, plotpp_options, tmp_path, monkeypatch):
     other, finish = copy(stages[0], tmp_path / "other"), script.finish_epoch
     options = [*plotpp_options, "--start-from", other, "--output-dir", tmp_path / "run"]
 
@@ -80,7 +80,7 @@ def test_stage_2_resumes_bit_for_bit_when_the_run_of_stage_1_is_gone(stages, plo
     (dict(class_names=["red clay", "sea", "steel"]), "trained for other classes: label 2 of 3 was 'steel'"),
     (dict(clip_sha256="0" * 64), "trained with other CLIP weights"),
     (dict(learned={}), "does not hold the tensors that its configuration asks for"),
-    (dict(training=["train/sea/0.png", TESTED]), f"trained on 1 of the 7 pictures of this test, such as {TESTED}")])
+    (dict(training=["train/sea/0.png", TESTED]), f"on 1 of the 7 pictures of this test, such as {TESTED}")])
 def test_a_run_that_does_not_fit_is_refused(changes, complaint, trained, options, tmp_path):
     other = copy(trained, tmp_path / "other", **changes)
     with pytest.raises(SystemExit, match=complaint):
@@ -88,7 +88,7 @@ def test_a_run_that_does_not_fit_is_refused(changes, complaint, trained, options
     assert not (tmp_path / "run/last.pt").exists()
 
 
-def test_another_method_and_a_missing_run_are_refused_before_long_work(trained, options, tmp_path, monkeypatch):
+def test_another_method_and_a_missing_run_are_refused_at_once(trained, options, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "set_up", None)
     options = [*options[:options.index("--n-support")], "--method", "coop", "--output-dir", tmp_path / "run"]
     with pytest.raises(SystemExit, match=f"--start-from {trained}: its method is sotglp, not coop"):
