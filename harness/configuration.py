@@ -1,4 +1,4 @@
-"""From the options of train.py to a run: what follows from the machine, what is refused, where it is written."""
+"""From train.py's options to a run: what follows from the machine, what is refused, where it is written."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from methods import promptot
 from sources import files
 
 
-# ---- what follows from other options and the machine ---------------------------------------------------------
+# ---- what follows from other options and the machine -------------------------------------------------------
 
 def saved_options(run):
     """The options of a run that --resume RUN goes on with."""
@@ -53,7 +53,7 @@ def fill_in(args, defaults, given, is_new=True):
         args.n_context = len(tokenizer.encode(args.words))     # why: the words fix how many vectors there are
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------
+# ---- what is refused ---------------------------------------------------------------------------------------
 
 def check_args(args, world):
     """Raises ValueError for options that cannot work, alone or together, before any long work starts."""
@@ -116,9 +116,9 @@ def check_start(args):
 
 
 def unusual(args):
-    """The options that differ from what they are where method, dataset and model alone are given: {name: value}."""
+    """{name: value} of the options that are not what method, dataset and model alone would make them."""
     usual = vars(parse_args(["--method", args.method, "--dataset", args.dataset, "--model", args.model]))
-    usual["warmup_epochs"] = min(usual["warmup_epochs"], args.epochs / 10)      # why: it follows from --epochs
+    usual["warmup_epochs"] = min(usual["warmup_epochs"], args.epochs / 10)    # why: it follows from --epochs
     apart = ("output_dir", "resume", "overwrite")
     return {name: value for name, value in vars(args).items() if name not in apart and value != usual[name]}
 
@@ -130,15 +130,16 @@ def configuration(args):
 
 # ---- the folder of a run -----------------------------------------------------------------------------------
 
-# Options that have a place of their own in the name of a run's folder, and those that are no part of a configuration.
+# Options that have a place of their own in the name of a run's folder, and those that are no part of a
+# configuration.
 NAMED = {"method", "dataset", "model", "classes", "shots", "seed", "resume", "overwrite"}
 
 
 def folder_name(options, defaults):
-    """Where a run is written if nobody says otherwise, such as runs/released-eurosat-ViT-B-32-16shot-epochs20-seed1.
+    """Where a run is written if nobody says otherwise: runs/coop-eurosat-ViT-B-32-16shot-epochs20-seed1, say.
 
-    The name has all in which a run is not the usual one of its dataset. options: as given, with method, model and
-    data_root filled in; defaults: what the other ones are where they are not given.
+    The name has all in which a run is not the usual one of its dataset. options: as given, with method, model
+    and data_root filled in; defaults: what the other ones are where they are not given.
     """
     method, dataset, model = (options[name] for name in ("method", "dataset", "model"))
     parts = [method] if method != "sotglp" else []
@@ -150,7 +151,8 @@ def folder_name(options, defaults):
     parts += [in_words(name, options[name]) for name, default in defaults.items()
               if name not in NAMED | runs.IGNORED_WHEN_COMPARING and options[name] != default]
     # why: a blank or a slash would need quotes, or make folders
-    return "runs/" + "-".join(re.sub(r"[^\w.+]+", "-", part).strip("-") for part in parts) + f"-seed{options['seed']}"
+    parts = [re.sub(r"[^\w.+]+", "-", part).strip("-") for part in parts]
+    return f"runs/{'-'.join(parts)}-seed{options['seed']}"
 
 
 def in_words(name, value):

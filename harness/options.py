@@ -1,7 +1,7 @@
 """The options of train.py: those that all methods share, and each method's own.
 
-`python train.py --help`, or a wrong option, needs no torch, whose import takes long: this file imports what does only
-where another method than the paper's is asked for, or when all options are right.
+`python train.py --help`, or a wrong option, needs no torch, whose import takes long: this file imports what
+does only where another method than the paper's is asked for, or when all options are right.
 """
 
 import argparse
@@ -13,9 +13,9 @@ from sources import DATASETS, VARIANTS
 
 # What --help says of the paper's method without asking its class, which has these values too (Sec. 4).
 PAPER_RECIPE = {"lr": 0.05, "epochs": 50, "warmup_epochs": 5, "batch_size": 32, "weight_decay": 0.01}
-PAPER_OPTIONS = {"n_global": 4, "n_local": 4, "n_support": 10, "epsilon": 0.1, "n_iters": 20, "lambda_local": 0.25,
-                 "prompt_dropout": 0.75, "local_projection": True, "vv_attention": True, "class_specific": True,
-                 "plan_gradient": True}
+PAPER_OPTIONS = {"n_global": 4, "n_local": 4, "n_support": 10, "epsilon": 0.1, "n_iters": 20,
+                 "lambda_local": 0.25, "prompt_dropout": 0.75, "local_projection": True, "vv_attention": True,
+                 "class_specific": True, "plan_gradient": True}
 
 # Flags whose name is not that of the parameter: they switch it off.
 SWITCHES = {"vv_attention": "--no-vv", "class_specific": "--shared-local"}
@@ -66,8 +66,8 @@ HELP = {
 def parse_args(argv=None, description=None):
     """The options of the method that --method names. Defaults are the method's recipe.
 
-    Defaults that depend on other options or on the machine are filled in here, so that the saved configuration is
-    complete.
+    Defaults that depend on other options or on the machine are filled in here, so that the saved configuration
+    is complete.
     """
     first = Parser("", "", add_help=False)
     first.add_argument("--method", default="sotglp")
@@ -84,7 +84,8 @@ def parse_args(argv=None, description=None):
     if saved and args.method != saved["method"]:
         parser.error(f"--resume {known.resume}: its method is {saved['method']}, not {args.method}")
     if saved and Path(args.output_dir) != Path(known.resume):
-        parser.error(f"--resume {known.resume} goes on in this folder: leave out --output-dir {args.output_dir}")
+        parser.error(f"--resume {known.resume} goes on in this folder: leave out --output-dir "
+                     f"{args.output_dir}")
     parser.refuse_empty(args)
     if unknown:
         parser.error(f"{args.method} has no {' '.join(unknown)}: {parser.near(unknown)}"
@@ -101,7 +102,7 @@ def given(parser, argv):
     return {name for name, value in vars(args).items() if value is not None}
 
 
-# ---- the parser ----------------------------------------------------------------------------------------------
+# ---- the parser --------------------------------------------------------------------------------------------
 
 def make_parser(method, dataset, description=None):
     """The options that all methods share, and this method's own, with its defaults for the dataset."""
@@ -111,7 +112,8 @@ def make_parser(method, dataset, description=None):
         from methods import METHODS  # why here: it needs torch
         methods = [*METHODS]
     if method not in methods:
-        parser.error(f"no method is called {method!r}: {near([method], methods)}there are {', '.join(methods)}")
+        parser.error(f"no method is called {method!r}: {near([method], methods)}there are "
+                     + ", ".join(methods))
     options, recipe = (PAPER_OPTIONS, PAPER_RECIPE) if method == "sotglp" else options_of(method, dataset)
     add_data_options(parser.add_argument_group("what is trained on what").add_argument, method, methods)
     add_recipe_options(parser.add_argument_group("recipe, Sec. 4").add_argument)
@@ -136,21 +138,24 @@ def options_of(method, dataset):
 
 def add_data_options(add, method, methods):
     trained = [name for name in DATASETS if name not in VARIANTS]
-    add("--method", metavar="NAME", choices=methods, default=method, help=", ".join(methods) + " (%(default)s)")
+    add("--method", metavar="NAME", choices=methods, default=method,
+        help=", ".join(methods) + " (%(default)s)")
     add("--dataset", metavar="NAME", choices=DATASETS, default="critters",
         help=f"critters, which needs no files, or {', '.join(trained[1:])} (%(default)s)")
-    add("--data-root", metavar="DIR", help="folder that holds the datasets' folders; for `folder` that of your own "
-        "pictures ($DATA_ROOT, else ./data)")
-    add("--model", metavar="NAME", help="ViT-B/16, ViT-B/32, ViT-L/14, tiny, or a weights file (tiny for critters, "
-        "else ViT-B/16)")
+    add("--data-root", metavar="DIR", help="folder that holds the datasets' folders; for `folder` that of your "
+        "own pictures ($DATA_ROOT, else ./data)")
+    add("--model", metavar="NAME", help="ViT-B/16, ViT-B/32, ViT-L/14, tiny, or a weights file (tiny for "
+        "critters, else ViT-B/16)")
     add("--activation", choices=("quickgelu", "gelu"), default="quickgelu",
         help="of somebody's weights file (%(default)s)")
     add("--template", metavar="TEXT", help="prompt of the zero-shot row, {} is the class (the dataset's)")
     add("--classes", choices=("all", "base"), default="all",
         help="base: the first half; evaluate.py --classes new tests the others")
-    add("--shots", metavar="N", type=int, default=16, help="training images per class, 0 for all (%(default)s)")
+    add("--shots", metavar="N", type=int, default=16,
+        help="training images per class, 0 for all (%(default)s)")
     add("--held-out", type=float, metavar="SHARE", help="of `folder` without test/, kept for the test (0.5)")
-    add("--test-split", choices=("test", "val"), default="test", help="val leaves the test unread (%(default)s)")
+    add("--test-split", choices=("test", "val"), default="test",
+        help="val leaves the test unread (%(default)s)")
     add("--seed", metavar="N", type=int, default=1,
         help="initial prompts, order, crops; the paper averages 3 (%(default)s)")
     add("--split-seed", metavar="N", type=int, default=1, help="draws the shots (%(default)s)")
@@ -170,7 +175,8 @@ def add_recipe_options(add):
 
 def add_machine_options(add):
     add("--amp", choices=("off", "fp16", "bf16"), help="mixed precision (fp16 on CUDA, else off)")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1; torchrun gives each process its GPU (a GPU if any)")
+    add("--device", metavar="NAME",
+        help="cpu, cuda, cuda:1; torchrun gives each process its GPU (a GPU if any)")
     add("--workers", metavar="N", type=int, help="processes that read pictures (CUDA: up to 8, else 0)")
     add("--cache-features", action="store_true", help="image features once: fast, no random crops")
     add("--text-chunk", metavar="N", type=int, help="classes encoded at once (1000 on CUDA, else 200)")
@@ -179,13 +185,14 @@ def add_machine_options(add):
 
 
 def add_folder_options(group):
-    group.add_argument("--output-dir", metavar="DIR", help="(runs/<dataset>-<shots>shot-seed<seed>, with the method "
-                       "and the options that are not the usual ones)")
+    group.add_argument("--output-dir", metavar="DIR", help="(runs/<dataset>-<shots>shot-seed<seed>, with the "
+                       "method and the options that are not the usual ones)")
     either = group.add_mutually_exclusive_group()
     either.add_argument("--resume", nargs="?", const=True, default=False, metavar="RUN",
                         help="go on with the run in the output folder, or with RUN and its options "
                              "(--data-root, --device and --workers may be given anew)")
-    either.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
+    either.add_argument("--overwrite", action="store_true",
+                        help="replace the run that the output folder holds")
 
 
 def add_method_options(add, method, options):

@@ -1,4 +1,4 @@
-"""A parser of options whose help is short and whose errors are one line. It needs no torch, whose import takes long."""
+"""A parser of options with a short help and errors of one line. It needs no torch, whose import takes long."""
 
 import argparse
 import difflib
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def near(words, known):
-    """What may have been meant by unknown words, as text: "did you mean --shots? "; "" where nothing is near."""
+    """What may have been meant by unknown words: "did you mean --shots? ", or "" where nothing is near."""
     found = []
     for word in words:
         found += difflib.get_close_matches(word, known, n=1)
@@ -23,20 +23,22 @@ def at_home(value):
 
 
 class Parser(argparse.ArgumentParser):
-    """usage: the command with its arguments; docstring: the command's, of which the help shows the first two paragraphs.
+    """usage: the command with its arguments; docstring: the command's, whose first two paragraphs the help shows.
 
     why no abbreviations: each new option could make them ambiguous; a near miss is named instead.
     """
 
     def __init__(self, usage, docstring, **more):
         description = "\n\n".join((docstring or "").split("\n\n")[:2])
-        super().__init__(usage=usage, description=description, allow_abbrev=False, formatter_class=Help, **more)
+        super().__init__(usage=usage, description=description, formatter_class=Help, allow_abbrev=False,
+                         **more)
 
     def parse_args(self, args=None, namespace=None):
         """As argparse does, but a near miss of an option is suggested."""
         args, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}; {self.near(unknown)}--help lists what there is")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}; {self.near(unknown)}--help lists what "
+                       "there is")
         return args
 
     def near(self, unknown):

@@ -1,4 +1,4 @@
-"""The options of train.py: the help needs no torch and is short, a wrong option ends in one line that says what is near."""
+"""The options of train.py: a short help without torch, a wrong option ends in one line that says what is near."""
 
 import shlex
 
@@ -37,7 +37,8 @@ def test_help_fits_two_screens_and_lists_what_there_is(capsys, monkeypatch):
 
 @pytest.mark.parametrize("method, told, others", [
     ("coop", "a context of its own for each class", "one set of local prompts"),
-    ("locoop", "classes among which the own label", "patches that"), ("gallop", "a number for each", "foreground")])
+    ("locoop", "classes among which the own label", "patches that"),
+    ("gallop", "a number for each", "foreground")])
 def test_a_method_has_the_texts_of_its_own_options(method, told, others, capsys):
     text = " ".join(help_of(capsys, "--method", method).split())
     assert told in text and others not in text
@@ -51,12 +52,15 @@ def test_every_option_of_a_method_is_explained(method):
 
 
 @pytest.mark.parametrize("arguments, complaint", [
-    ("--shot 3", "error: sotglp has no --shot 3: did you mean --shots? --method sotglp --help lists what it has"),
+    ("--shot 3",
+     "error: sotglp has no --shot 3: did you mean --shots? --method sotglp --help lists what it has"),
     ("--learning-rate=3", "error: sotglp has no --learning-rate=3: --method sotglp --help lists what it has"),
-    ("--method coop --n-contxt 4", "error: coop has no --n-contxt 4: did you mean --n-context? --method coop --help "
-                                   "lists what it has"),
-    ("--epochs many", "error: argument --epochs: invalid int value: 'many'"), ("--model ''", "error: --model is empty"),
-    ("--method gallo", "error: no method is called 'gallo': did you mean gallop? there are " + ", ".join(METHODS))])
+    ("--method coop --n-contxt 4",
+     "error: coop has no --n-contxt 4: did you mean --n-context? --method coop --help lists what it has"),
+    ("--epochs many", "error: argument --epochs: invalid int value: 'many'"),
+    ("--model ''", "error: --model is empty"),
+    ("--method gallo",
+     "error: no method is called 'gallo': did you mean gallop? there are " + ", ".join(METHODS))])
 def test_a_wrong_option_ends_in_one_line(arguments, complaint, capsys):
     with pytest.raises(SystemExit) as stop:
         options.parse_args(shlex.split(arguments))

@@ -1,4 +1,4 @@
-"""The tests leave the runs and data of the user alone, and the project: conftest.py notices where one does not."""
+"""The tests leave the user's runs and data alone, and the project: conftest.py notices where one does not."""
 
 import os
 import subprocess
