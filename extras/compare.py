@@ -63,7 +63,7 @@ BASE_ROWS = {
     "promptot_text": Row("Prompt-OT, texts alone", (*PROMPTOT, "--modality", "text")),
     "promptot": Row("Prompt-OT, joint", PROMPTOT),
 }
-# The others whose prompts are shared. PromptSRC has options of its own for base to new.
+# The others whose prompts are shared. For base to new other options of PromptSRC are published.
 BASE_SLOW = {
     "cocoop": SLOW["cocoop"],
     "maple": SLOW["maple"],
