@@ -27,6 +27,7 @@ from methods import METHODS
 from methods.zero_shot import ZeroShot
 from sources import critters
 from sources.files import absolute
+from sources.overlap import shared
 from sources.listing import left_out, walk
 
 TEMPLATE = "a photo of a {}"     # as in MCM and GL-MCM, for every dataset; CoOp's templates end in a full stop
@@ -158,6 +159,14 @@ def count_warnings(sets):
                "others lie among them, or it is the whole dataset, not the benchmark's selection")
             + "; do not compare with published numbers"
             for name, items in sets.items() if len(items) != expected.get(name, len(items))]
+
+
+def overlap_warnings(sets, trained):
+    """One line for each OOD set that holds in-distribution pictures; trained: paths of those that were trained on."""
+    inside = [path for path, *_ in sets["ID"]] + trained
+    found = {name: shared([path for path, *_ in items], inside) for name, items in sets.items() if name != "ID"}
+    return [f"warning: {name} holds {len(paths)} pictures that are in-distribution, first {paths[0]}: its numbers "
+            "are not those of an OOD set" for name, paths in found.items() if paths]
 
 
 # ---- from pictures to scores ---------------------------------------------------------------------------------
@@ -335,8 +344,14 @@ def find_pictures(args, checkpoint):
           + ", ".join(f"{name} {len(items)}" for name, items in outside.items())
           + f"; temperature {args.temperature:g}, local weight {args.local_weight:g}", flush=True)
     sets = {"ID": test, **outside}
-    for warning in count_warnings(sets) if config["dataset"] == "imagenet" else ():
+    trained = [os.path.join(root, path) for path in checkpoint.get("training", ())]
+    warnings = [*overlap_warnings(sets, trained), *(count_warnings(sets) if config["dataset"] == "imagenet" else ())]
+    for warning in warnings:
         print(warning, flush=True)
+
+    # why now: what cannot be read would end the program after all the work before it
+    own = data.DATASETS[config["dataset"]].as_people_see
+    data.check_pictures([item for name, items in sets.items() if own or name in args.ood_root for item in items])
     return sets, class_names
 
 

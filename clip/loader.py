@@ -41,7 +41,7 @@ def available_models():
 def full_name(name):
     """A model's name as OpenAI writes it, also for "ViT-B-16" and "vit-b/16"; a file as an absolute path."""
     known = {model.lower().replace("/", "-"): model for model in available_models()}
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     return known.get(name.lower().replace("/", "-")) or (str(path.absolute()) if path.is_file() else name)
 
 
@@ -145,7 +145,7 @@ def find(name):
     """The file that a name stands for, there and verified."""
     if name in PUBLISHED:
         return download(PUBLISHED[name])
-    path = TINY if name == "tiny" else Path(name).expanduser()
+    path = TINY if name == "tiny" else Path(os.path.expanduser(name))
     if path.is_file():
         return path
     if name == "tiny":
@@ -157,6 +157,16 @@ def find(name):
                             "or the path of a CLIP file (.pt, .pt.gz)")
 
 
+def cache():
+    """The folder of the published files."""
+    # why os.path: pathlib raises RuntimeError for a user without a home, as in a container
+    folder = os.path.expanduser(os.environ.get("CLIP_CACHE") or "~/.cache/clip")
+    if folder.startswith("~"):
+        raise FileNotFoundError("this user has no home folder, in which the weights would be kept: set $CLIP_CACHE to "
+                                "a folder for them")
+    return Path(folder)
+
+
 def download(url):
     """The file of this address in the cache, downloaded if it is not there. Raises ValueError for a wrong hash.
 
@@ -164,7 +174,7 @@ def download(url):
     cache of its own) and the others wait. So all of them must call this together, and all of them fail where
     one does.
     """
-    path, failure = Path(os.environ.get("CLIP_CACHE") or "~/.cache/clip").expanduser() / url.split("/")[-1], None
+    path, failure = cache() / url.split("/")[-1], None
     try:
         if not path.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
             fetch([url], path, published_hash(url), DOWNLOAD_LIMIT)

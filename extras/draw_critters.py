@@ -5,7 +5,7 @@
 
 from PIL import Image, ImageDraw, ImageFont
 
-from harness import machine
+from harness import machine, places
 from harness.parser import Parser
 from sources.critters import INK, class_names, picture
 
@@ -30,7 +30,9 @@ def parse_args(argv=None):
 @machine.plain_errors()
 def main(args):
     """Draws and writes the file."""
-    sheet().quantize(256).save(args.output)             # why 256 colours: a quarter of the size
+    places.check_file(args.output, "--output")
+    page = sheet().quantize(256)                        # why 256 colours: a quarter of the size
+    machine.write_whole(args.output, lambda path: page.save(path, "PNG"))
     print(f"wrote {args.output}")
 
 

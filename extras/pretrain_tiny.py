@@ -17,7 +17,6 @@ import math
 import multiprocessing
 import os
 import random
-import sys
 import time
 
 import numpy as np
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import clip
+from harness import machine, places
 from harness.parser import Parser
 from sources import critters
 from clip import CLIP, tokenize
@@ -198,8 +198,10 @@ def save_weights(model, vocabulary, path):
     table[vocabulary.ids] = state["token_embedding.weight"]
     buffer = io.BytesIO()
     torch.save({**state, "token_embedding.weight": table}, buffer)
-    with gzip.GzipFile(path, "wb", compresslevel=9, mtime=0) as file:
+    packed = io.BytesIO()
+    with gzip.GzipFile(path, "wb", compresslevel=9, fileobj=packed, mtime=0) as file:
         file.write(buffer.getvalue())
+    machine.write_whole(path, lambda temporary: temporary.write_bytes(packed.getvalue()))
 
 
 # ---- the loop ----
@@ -214,13 +216,13 @@ def make_optimizer(model, lr):
 
 
 def save_checkpoint(path, **state):
-    torch.save(state, path + ".tmp")
-    os.replace(path + ".tmp", path)                                 # why: a run that is stopped leaves no half file
+    """All that the loop goes on with, whole or not at all."""
+    machine.write_whole(path, lambda temporary: torch.save(state, temporary))
 
 
 def train(args):
     torch.manual_seed(args.seed)
-    start = time.time()
+    start = time.monotonic()
     pixels, targets, phrases = draw_pool(args.pool, args.seed, args.workers)
     vocabulary = Vocabulary(phrases)
     model, checkpoint, step = new_model(vocabulary), args.output + ".resume", 0
@@ -231,9 +233,9 @@ def train(args):
         optimizer.load_state_dict(saved["optimizer"])
         step = saved["step"]
     print(f"{args.pool} pictures, {len(vocabulary.ids)} tokens, {len(BANK)} phrases, from step {step}, "
-          f"{time.time() - start:.0f} s", flush=True)
+          f"{time.monotonic() - start:.0f} s", flush=True)
 
-    start, first = time.time(), step
+    start, first = time.monotonic(), step
     while step < args.steps:
         rng = random.Random(f"{args.seed} {step}")                  # why: a resumed run draws what it would have drawn
         torch.manual_seed(rng.getrandbits(32))
@@ -254,7 +256,7 @@ def train(args):
         step += 1
 
         if step % 20 == 0:
-            pace = (time.time() - start) / (step - first)
+            pace = (time.monotonic() - start) / (step - first)
             print(f"step {step:5d} | loss {loss.item():.3f} | {parts} | scale {model.logit_scale.exp().item():.1f} | "
                   f"{pace:.2f} s/step | {pace * (args.steps - step) / 60:.0f} min left", flush=True)
         if step % 300 == 0 or step == args.steps:
@@ -370,7 +372,8 @@ def evaluate(path, split):
     evaluate_ood(model, preprocess, split, *evaluate_benchmark(model, preprocess, split))
 
 
-def main():
+def parse_args(argv=None):
+    """The options."""
     p = Parser("python -m extras.pretrain_tiny [options]", __doc__)
     p.add_argument("--output", default="tiny.pt.gz", help="the weights; OUTPUT.resume beside it is to go on from")
     p.add_argument("--steps", type=int, default=5000, help="length of the run and of its cosine schedule")
@@ -382,18 +385,20 @@ def main():
     p.add_argument("--evaluate", metavar="WEIGHTS", help="measure these weights instead of training")
     p.add_argument("--split", choices=("val", "test"), default="val",
                    help="which pictures --evaluate looks at")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     if min(args.steps, args.pool, args.batch_size, args.workers) < 1:
         p.error("--steps, --pool, --batch-size and --workers must be at least 1")
-    try:
-        if args.evaluate:
-            return evaluate(args.evaluate, args.split)
-        # why now: else the first save would fail
-        os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
-        train(args)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    return args
+
+
+@machine.plain_errors("the same command goes on")
+def main(args):
+    """Trains, or measures weights."""
+    if args.evaluate:
+        return evaluate(args.evaluate, args.split)
+    places.check_file(args.output, "--output")
+    train(args)
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args())

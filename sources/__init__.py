@@ -135,7 +135,7 @@ def _split(row, home, images):
             parts = json.load(file)
             return [[(f"{images}/{picture}", int(label), str(class_name)) for picture, label, class_name in parts[part]]
                     for part in ("train", "val", "test")]
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} should hold lists train, val and test of [path, label, class name]: "
                              f"{type(error).__name__}: {error}") from error
 

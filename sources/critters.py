@@ -332,8 +332,13 @@ def is_path(path):
 
 @functools.lru_cache(maxsize=4096)   # why: an epoch reads them again, and 4096 of them take 50 MB
 def read(path):
-    """The picture that one of `paths` stands for. Raises ValueError for a class that there is not."""
+    """The picture that one of `paths` stands for. Raises ValueError for a path that is none of them."""
     split, label, index, odd, odd_index = PATH.fullmatch(path).groups()
     if label and int(label) >= len(CLASSES):
         raise ValueError(f"{path}: the drawn classes are 0 to {len(CLASSES) - 1}")
-    return ood_picture(odd, int(odd_index)) if odd else picture(split, int(label), int(index))
+    if odd and odd not in OOD:
+        raise ValueError(f"{path}: the drawn OOD sets are {', '.join(OOD)}")
+    try:
+        return ood_picture(odd, int(odd_index)) if odd else picture(split, int(label), int(index))
+    except IndexError as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -76,17 +76,24 @@ class Listing(NamedTuple):
 def walk(top):
     """All that lies below a folder, in a fixed order -> Listing.
 
-    Links are followed, but not to a folder above themselves. Raises OSError for a folder that cannot be read.
+    Links are followed, but not to a folder in which one is already. Raises OSError for one that cannot be read.
     """
     def fail(error):
         raise error
 
     found = Listing([], [], [])
+    above = {top: with_parents(top)}                     # {folder: itself and all in which it lies}
     for here, folders, files in os.walk(top, onerror=fail, followlinks=True):
         system = {name for name in (*folders, *files) if is_system(name)}
         found.system.extend(os.path.join(here, name) for name in sorted(system, key=normal))
-        folders[:] = sorted((name for name in folders
-                             if name not in system and not _leads_up(os.path.join(here, name))), key=normal)
+        inside = {}
+        for name in sorted(folders, key=normal):
+            folder = os.path.join(here, name)
+            if name not in system and identity(folder) not in above[here]:
+                inside[name] = folder
+                itself = with_parents(folder) if os.path.islink(folder) else {identity(folder)}
+                above[folder] = above[here] | itself
+        folders[:] = inside
 
         for name in sorted(files, key=normal):
             if name not in system:
@@ -95,11 +102,16 @@ def walk(top):
     return found
 
 
-def _leads_up(folder):
-    """Whether a folder is a link to one above it, in which it would be found again, without an end."""
-    # why not commonpath: on Windows a link may lead to another drive
-    return os.path.islink(folder) and Path(os.path.realpath(os.path.dirname(folder))).is_relative_to(
-        os.path.realpath(folder))
+def with_parents(folder):
+    """The identities of a folder and of all above it."""
+    real = Path(os.path.realpath(folder))
+    return {identity(one) for one in (real, *real.parents)}
+
+
+def identity(folder):
+    """What a folder and all links to it share."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def folders_in(folder):

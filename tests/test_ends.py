@@ -18,11 +18,13 @@ from PIL import Image
 
 import data
 import evaluate
+import ood
+from clip import loader
 from conftest import COLOURS, copy, random_clip, read, train
 from extras import tables, visualize
 from harness import configuration, machine, predict, runs, streams
 from methods.zero_shot import ZeroShot
-from sources import files
+from sources import files, listing, overlap
 from test_faults import command, error_of, everything
 import train as script
 
@@ -360,3 +362,61 @@ def test_a_table_of_somebodys_own_is_not_replaced(trained, tmp_path):
     for _ in range(2):                                           # its own table it replaces
         command(tables, tmp_path / "runs")
     assert len(everything(tmp_path / "runs/one")) == len(everything(run))
+
+
+# ---- what is named before the work ---------------------------------------------------------------------------
+
+def test_links_between_class_folders_are_read_once(tmp_path):
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.jpg").touch()
+        (tmp_path / name / "x").symlink_to(tmp_path / other)
+    (tmp_path / "a/up").symlink_to(tmp_path)
+    found = [os.path.relpath(path, tmp_path) for path in listing.walk(str(tmp_path / "a")).pictures]
+    assert found == ["a/0.jpg", "a/x/0.jpg"]
+
+
+def test_ood_pictures_that_are_in_distribution_are_named(trained, pictures, tmp_path, capsys):
+    import shutil
+    shutil.copytree(pictures / "train/sea", tmp_path / "other")          # three of its four were trained on
+    shutil.copy(pictures / "test/wood/0.png", tmp_path / "other/x.png")
+    command(ood, copy(trained, tmp_path / "run"), "--ood-root", f"other={tmp_path}/other")
+    printed = capsys.readouterr().out
+    assert "warning: other holds 4 pictures that are in-distribution, first " in printed
+    assert printed.index("warning: other holds") < printed.index("FPR95 / AUROC")
+
+
+def test_equal_sizes_are_not_equal_pictures(tmp_path):
+    for name, text in (("a", "same"), ("b", "same"), ("c", "else")):
+        (tmp_path / name).write_text(text)
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    assert overlap.shared([a, c, "critters/test/0/1"], [b, "critters/test/0/1"]) == [a, "critters/test/0/1"]
+
+
+def test_all_that_ood_cannot_read_is_named_before_the_scores(trained, pictures, tmp_path, monkeypatch):
+    (tmp_path / "bad.jpg").write_text("?")
+    (tmp_path / "worse.jpg").write_text("?")
+    monkeypatch.setattr(ood, "score_sets", None)
+    with pytest.raises(SystemExit, match="2 of 9 pictures cannot be read.*\n.*bad.jpg.*\n.*worse.jpg"):
+        command(ood, trained, "--ood-root", f"other={tmp_path}")
+
+
+def test_no_home_names_clip_cache(monkeypatch):
+    monkeypatch.delenv("CLIP_CACHE")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)       # as for a user without a home
+    with pytest.raises(FileNotFoundError, match="set .CLIP_CACHE"):
+        loader.download("https://example.com/0/ViT-B-16.pt")
+
+
+@pytest.mark.parametrize("path, complaint", [("critters/test/0/900", "there is no test picture 900"),
+                                             ("critters/ood/nothing/1", "the drawn OOD sets are near, ")])
+def test_a_drawn_picture_that_does_not_exist_is_named(path, complaint):
+    with pytest.raises(ValueError, match=f"{path}: {complaint}"):
+        data.read_image(path)
+
+
+def test_a_split_file_nested_without_an_end_is_named(tmp_path):
+    (tmp_path / "eurosat/2750").mkdir(parents=True)
+    (tmp_path / "eurosat/split_zhou_EuroSAT.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="split_zhou_EuroSAT.json should hold lists .* RecursionError"):
+        data.load("eurosat", tmp_path, 1, 1)

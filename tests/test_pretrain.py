@@ -654,7 +654,7 @@ def command(monkeypatch, *args):
     for part in ("attributes", "benchmark", "ood"):
         monkeypatch.setattr(pretrain, f"evaluate_{part}", lambda *args, part=part: done.append((part, *args)) or [part])
     monkeypatch.setattr(sys, "argv", ["pretrain_tiny", *map(str, args)])
-    pretrain.main()
+    pretrain.main(pretrain.parse_args())
     return done
 
 
