@@ -15,6 +15,7 @@ from harness.configuration import configuration
 from harness.options import parse_args
 from methods import METHODS
 
+AROUND = 10         # seconds that a run takes before and after its training
 FIRST_SEED = 1      # of the run that all seeds of a row start from, whichever seeds are asked for
 
 
@@ -23,7 +24,7 @@ class Row(NamedTuple):
     label: str
     options: tuple | None     # of train.py; None: it has a command of its own
     column: str = ""          # of the paper's Table 1
-    seconds: int = 100        # about what a run of the embedded default takes on one CPU thread
+    seconds: int = 100        # about what training takes on the embedded default, on one CPU thread
     first: tuple = ()         # options of a run that all its runs start from
 
 
@@ -166,7 +167,7 @@ def has_ood_sets(dataset, root):
 
 
 def foresee(seconds, config):
-    """About the seconds of a run, from those of the row's run of the embedded default, by images and epochs.
+    """About the seconds of a run, from those of training on the embedded default, by images and epochs.
 
     None on other data, with another model and on a GPU, where nothing is known.
     """
@@ -178,4 +179,4 @@ def foresee(seconds, config):
         seconds /= 2
     if "epochs" in config:
         seconds *= config["epochs"] / METHODS[config["method"]].recipe("critters")["epochs"]
-    return seconds
+    return AROUND + seconds

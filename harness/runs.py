@@ -163,7 +163,10 @@ def read_log(run):
     """The lines of a run's log.jsonl: a dict for each epoch."""
     path = Path(run) / "log.jsonl"
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not all(isinstance(line, dict) and "seconds" in line for line in lines):
+            raise ValueError("a line is none of an epoch")
+        return lines
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}; train.py --resume {run} writes it again from last.pt") from error
 

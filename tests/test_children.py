@@ -78,8 +78,8 @@ def test_an_interruption_ends_all_commands(tmp_path, monkeypatch):
 def test_seconds_are_foreseen_by_images_and_epochs(tmp_path, capsys):
     usual = {"dataset": "critters", "model": "tiny", "device": "cpu", "shots": 16, "classes": "all",
              "method": "coop", "epochs": 200}
-    assert foresee(60, usual) == 60
-    assert foresee(60, {**usual, "shots": 8, "classes": "base", "epochs": 100}) == 7.5    # 60 / 2 / 2 / 2
+    assert foresee(60, usual) == 70                        # ten are those of its start and its test
+    assert foresee(60, {**usual, "shots": 8, "classes": "base", "epochs": 100}) == 17.5    # 10 + 60 / 8
     for other in ({"dataset": "dtd"}, {"model": "ViT-B/16"}, {"device": "cuda"}, {"shots": 0}):
         assert foresee(60, {**usual, **other}) is None
     two = [job(tmp_path, "a", "", seconds=90), job(tmp_path, "b", "", seconds=30)]

@@ -385,9 +385,10 @@ def test_too_many_prompts_are_too_much_memory(options, tmp_path):
 
 def test_damaged_logs_and_results_say_what_to_do(trained, tmp_path):
     copy(trained, tmp_path)
-    (tmp_path / "log.jsonl").write_text("{")
-    with pytest.raises(ValueError, match=f"log.jsonl is damaged: .*train.py --resume {tmp_path} writes it again"):
-        runs.read_log(tmp_path)
+    for line in ("{", "{}", "[]"):
+        (tmp_path / "log.jsonl").write_text(line)
+        with pytest.raises(ValueError, match=f"log.jsonl is damaged: .*train.py --resume {tmp_path} writes it again"):
+            runs.read_log(tmp_path)
     (tmp_path / "result.json").write_text("{")
     assert f"remove it, and train.py --resume {tmp_path} tests the run again" in error_of(train, "--resume", tmp_path)
 
