@@ -12,17 +12,27 @@ RUN/evaluation.json and RUN/evaluation.csv keep the numbers; what training wrote
 `count_correct` (one pass over the pictures) through `test` (a split) to `main`.
 """
 
+import importlib.util
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-import clip  # before torch: it bounds how long torch's threads wait
+# why: one's own program, which imports this file, may have others of these names
+for name in ("clip", "data", "harness", "methods", "sinkhorn", "sotglp", "sources"):
+    imported = getattr(sys.modules.get(name), "__spec__", None) or sys.modules.get(name)
+    found = imported or importlib.util.find_spec(name)
+    places = [getattr(found, "origin", None) or getattr(found, "__file__", None),
+              *(getattr(found, "submodule_search_locations", None) or ())]
+    place = next(filter(None, places), "built in")
+    if found and not Path(place).resolve().is_relative_to(Path(__file__).resolve().parent):
+        how = "was imported first" if imported else "comes first on the path"
+        raise ImportError(f"another package called {name} {how}, {place}: import evaluate before it, or leave it out; "
+                          f"this project brings a {name} of its own")
 
-if not hasattr(clip, "weights_hash"):
-    raise ImportError(f"another package called clip was imported first, {clip.__file__}: import evaluate before it, "
-                      "or leave it out; this project brings a clip of its own")
+import clip  # before torch: it bounds how long torch's threads wait
 
 import torch
 import torch.distributed as dist

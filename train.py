@@ -42,7 +42,7 @@ from harness import machine, places, runs
 from harness.agreement import check_agreement, facts
 from harness.configuration import check_args, configuration, unusual
 from methods.zero_shot import ZeroShot
-from sources import folders
+from sources import files, folders
 
 
 # ---- set up --------------------------------------------------------------------------------------------------
@@ -198,8 +198,9 @@ def announce(run):
           f"precision {machine.precision(args.amp)}, writing to {run.folder}")
     print("options: " + "".join(f"{name}={value}  " for name, value in unusual(args).items())
           + "all others have their defaults; result.json has them")
-    for line in folders.remarks(args.data_root) if args.dataset == "folder" else ():
-        print(line)
+    if args.dataset == "folder":
+        for line in (*folders.remarks(args.data_root), *files.twins({"train": run.train_set, "test": run.test_set})):
+            print(line)
     if run.published is False:
         print(f"note: the split file of {args.dataset} is not CoOp's published one: do not compare with published "
               "numbers")

@@ -1,6 +1,7 @@
 """What a trained model says of any pictures: the likeliest classes, on the screen or as a CSV file."""
 
 import functools
+import glob
 import itertools
 import os
 import sys
@@ -44,19 +45,34 @@ def predict(model, paths, top=5, batch_size=100):
     """Yields (path, [(class name, probability), ...]), the likeliest class first, for pictures as people see them.
 
     model: from `evaluate.load_run`. paths: of files, or PIL images; one of them, or any number, read as they come.
-    Raises ValueError that names a picture which cannot be read, when its turn comes.
+    Raises ValueError that names a picture which cannot be read, when its turn comes, and for a top or a batch size
+    below 1; TypeError for what is neither a path nor a PIL image.
     """
-    for path, prediction in predictions(model, paths, top, batch_size):
+    if not (top >= 1 and batch_size >= 1):
+        raise ValueError(f"top and batch_size must be at least 1, got {top} and {batch_size}")
+    if not hasattr(paths, "__iter__") or hasattr(paths, "read") or isinstance(paths, bytes):
+        check_kind(paths)
+    return named(predictions(model, paths, top, batch_size), model.class_names)
+
+
+def named(found, class_names):
+    """What `predictions` yields, with the names of classes. Raises the ValueError of a picture."""
+    for picture, prediction in found:
         if isinstance(prediction, ValueError):
             raise prediction
-        yield path, [(model.class_names[label], p) for label, p in prediction.classes]
+        yield picture, [(class_names[label], p) for label, p in prediction.classes]
+
+
+def check_kind(picture):
+    """Raises TypeError for what is neither a path nor a PIL image, with the call that makes one of it."""
+    if not isinstance(picture, (str, os.PathLike, Image.Image)):
+        raise TypeError(f"a picture is a path or a PIL image, not {type(picture).__name__}: Image.open(file) makes one of "
+                        "an open file, Image.fromarray(array) of a NumPy array of uint8 (height, width, 3)")
 
 
 @torch.no_grad()
 def predictions(model, pictures, top=5, batch_size=100, workers=1):
     """Yields (picture, Prediction), or (picture, ValueError) for one that cannot be read; workers: threads."""
-    if top < 1 or batch_size < 1:
-        raise ValueError(f"top and batch_size must be at least 1, got {top} and {batch_size}")
     device = model.clip.logit_scale.device
     dtype = model.clip.logit_scale.dtype
     if dtype != torch.float32:
@@ -64,7 +80,7 @@ def predictions(model, pictures, top=5, batch_size=100, workers=1):
                          "less")
     if isinstance(pictures, (str, os.PathLike, Image.Image)):
         pictures = [pictures]
-    pictures = iter(pictures)
+    pictures = enumerate(pictures, start=1)
     read = functools.partial(read_as_tensor, transform=clip.preprocess(model.clip.visual.resolution))
     model.eval()
     text_features = model.encode_prompts()                   # why here: the prompts do not change between images
@@ -79,17 +95,21 @@ def predictions(model, pictures, top=5, batch_size=100, workers=1):
                 found = likeliest(model.logits(outputs), model.scores(outputs), top)
 
             found = iter(found)
-            for picture, image in zip(batch, images):
+            for (_, picture), image in zip(batch, images):
                 yield picture, next(found) if torch.is_tensor(image) else image
 
 
-def read_as_tensor(picture, transform):
-    """A path or a PIL image as a tensor (3, R, R), or as the ValueError that says why it cannot be read."""
+def read_as_tensor(numbered, transform):
+    """(place, path or PIL image) -> a tensor (3, R, R), or the ValueError that says why the picture cannot be read."""
+    place, picture = numbered
+    check_kind(picture)
     try:
-        if isinstance(picture, Image.Image):
-            with data.reading(picture):                      # why: Pillow reads a file only when it is asked to
-                return data.to_tensor(data.as_seen(picture), transform, picture)
-        return data.to_tensor(data.read_image(os.fspath(picture), as_people_see=True), transform, picture)
+        if not isinstance(picture, Image.Image):
+            return data.to_tensor(data.read_image(os.fspath(picture), as_people_see=True), transform, picture)
+        name = f"number {place}, a PIL image"
+        with data.reading(name):
+            image = data.as_seen(picture)
+        return data.to_tensor(image, transform, name)
     except ValueError as error:
         return error
 
@@ -100,9 +120,13 @@ def find(arguments):
     """Files and folders -> the files, with all pictures below the folders; then one line on each thing left out."""
     paths = []
     notes = []
-    for argument in arguments:
+    for argument in itertools.chain(*map(expand, arguments)):
+        suffix = os.path.splitext(argument)[1]
         if not os.path.isdir(argument):
-            paths.append(argument)
+            if suffix and os.path.exists(argument) and not listing.is_picture(str(argument)):
+                notes.append(f"{argument}: left out, {suffix} is not read as a picture, here as in folders")
+            else:
+                paths.append(argument)
             continue
         pictures, others, system = listing.walk(argument)
         paths += pictures
@@ -110,6 +134,16 @@ def find(arguments):
             notes.append(f"{argument}: no picture in this folder")
         notes += [f"{argument}: left out {text}" for text in listing.left_out(others, system)]
     return paths, notes
+
+
+def expand(argument):
+    """A pattern such as *.jpg -> what fits it, where there is no file of this name. why: Windows leaves it to us."""
+    if os.path.exists(argument) or not glob.has_magic(str(argument)):
+        return [argument]
+    found = sorted(glob.glob(str(argument), recursive=True), key=listing.normal)
+    if not found:
+        raise ValueError(f"no file fits {argument}")
+    return found
 
 
 def name_files(model, arguments, csv_file=None, batch_size=100, workers=1):

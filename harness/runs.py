@@ -65,7 +65,8 @@ def build(run, checkpoint, device="cpu", class_names=None, model=None):
     config = checkpoint["config"]
     clip_model, _ = clip.load(model_file(run, config, model), device, config["activation"])
     class_names = class_names or checkpoint["class_names"]
-    model = make_model(clip_model, class_names, checkpoint["config"])
+    with torch.random.fork_rng(devices=[]):                # why: what is drawn here gives way to what was learned
+        model = make_model(clip_model, class_names, config)
     if class_names != checkpoint["class_names"]:
         check_shared(model, run)
     restore(run, checkpoint, model, clip.weights_hash(clip_model))

@@ -169,8 +169,37 @@ def check(name, row, root, lists, class_names, read_image):
         if bad:
             print(f"{len(bad)} of {len(items)} {part} images cannot be read")
         fine = fine and right and not gone and not bad
+    for line in twins(lists) if row.as_people_see else ():
+        print(line)
     print("all as expected" if fine else tree(name, row, root))
     return fine
+
+
+def twins(lists):
+    """Warnings of pictures that are the same, byte by byte, in two parts or in two classes; lists: {part: items}."""
+    from clip.download import digest  # why here: as in is_published
+    by_size = collections.defaultdict(list)
+    for part, items in lists.items():
+        for path, label, _ in items:
+            if os.path.exists(path):
+                by_size[os.path.getsize(path)].append((part, label, path))
+    by_content = collections.defaultdict(list)
+    for size, group in by_size.items():
+        for part, label, path in group if len(group) > 1 else ():
+            by_content[size, digest(path)].append((part, label, path))
+
+    lines = []
+    for where, column in (("two parts", 0), ("two classes", 1)):
+        pairs = [pair for pair in (unlike(group, column) for group in by_content.values()) if pair]
+        if pairs:
+            lines.append(f"warning: {len(pairs)} pictures are in {where}, byte by byte, first {' and '.join(pairs[0])}")
+    return lines
+
+
+def unlike(group, column):
+    """The paths of two entries of a group that differ in a column, or None."""
+    first, *others = group
+    return next(((first[2], other[2]) for other in others if other[column] != first[column]), None)
 
 
 def _unless(right, expected):

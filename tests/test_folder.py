@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import data
-from sources import folders
+from sources import files, folders
 from test_data import picture
 
 
@@ -243,3 +243,20 @@ def test_a_file_of_names_must_be_utf8_and_name_each_folder_once(tmp_path):
     path.write_text("a cat\nb dog\na bird\n")
     with pytest.raises(ValueError, match=f"{path} has two lines for 'a'"):
         folders.read_names(path)
+
+
+def test_the_same_picture_in_two_parts_or_two_classes_is_a_warning(tmp_path, capsys):
+    for i, name in enumerate(("train/cat/a.png", "train/dog/b.png", "test/cat/c.png", "test/dog/d.png")):
+        picture(tmp_path / name, seed=i)
+    lists, _ = data.read_lists("folder", tmp_path)
+    assert files.twins(lists) == []
+    (tmp_path / "test/cat/e.png").write_bytes((tmp_path / "train/cat/a.png").read_bytes())
+    (tmp_path / "train/dog/f.png").write_bytes((tmp_path / "train/cat/a.png").read_bytes())
+    (tmp_path / "train/cat/z.png").write_bytes((tmp_path / "train/cat/a.png").read_bytes())    # no matter
+    with pytest.raises(SystemExit, match="^False$"):
+        data.main(data.parse_args(["--dataset", "folder", "--data-root", str(tmp_path), "--check"]))
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        f"warning: 1 pictures are in two parts, byte by byte, first {tmp_path}/train/cat/a.png and "
+        f"{tmp_path}/test/cat/e.png",
+        f"warning: 1 pictures are in two classes, byte by byte, first {tmp_path}/train/cat/a.png and "
+        f"{tmp_path}/train/dog/f.png", "all as expected"]

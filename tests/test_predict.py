@@ -7,6 +7,7 @@ import shutil
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -95,13 +96,57 @@ def test_an_unreadable_picture_is_an_error_when_its_turn_comes(trained, pictures
         next(found)
 
 
-def test_another_package_called_clip_is_named(monkeypatch):
-    other = types.ModuleType("clip")
-    other.__file__ = "/site-packages/clip/__init__.py"
-    monkeypatch.setitem(sys.modules, "clip", other)
+@pytest.mark.parametrize("name", ["clip", "data", "methods", "harness", "sources"])
+def test_another_package_of_one_of_our_names_is_named(name, monkeypatch):
+    other = types.ModuleType(name)
+    other.__file__ = f"/site-packages/{name}/__init__.py"
+    monkeypatch.setitem(sys.modules, name, other)
     spec = importlib.util.spec_from_file_location("again", PROJECT / "evaluate.py")
-    with pytest.raises(ImportError, match="another package called clip was imported first, /site-packages/clip/"):
+    with pytest.raises(ImportError, match=f"another package called {name} was imported first, /site-packages/{name}/"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_another_module_that_comes_first_on_the_path_is_named(tmp_path, monkeypatch):
+    (tmp_path / "data.py").write_text("")
+    monkeypatch.delitem(sys.modules, "data")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    spec = importlib.util.spec_from_file_location("again", PROJECT / "evaluate.py")
+    with pytest.raises(ImportError, match=f"another package called data comes first on the path, {tmp_path}/data.py"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_the_random_state_of_torch_stays(trained, pictures):
+    before = torch.get_rng_state()
+    model = evaluate.load_run(trained)
+    [*evaluate.predict(model, pictures / "test/sea/0.png")]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("numbers", [{"top": 0}, {"top": -1}, {"batch_size": 0}])
+def test_numbers_below_one_are_refused(numbers, trained):
+    with pytest.raises(ValueError, match="top and batch_size must be at least 1, got"):
+        evaluate.predict(None, ["a.png"], **numbers)
+
+
+@pytest.mark.parametrize("make", [lambda path: np.zeros((4, 4, 3), np.uint8), lambda path: [np.zeros((4, 4, 3))],
+                                  lambda path: open(path, "rb"), lambda path: path.read_bytes(), lambda path: None,
+                                  lambda path: [torch.zeros(3, 4, 4)], lambda path: [open(path, "rb")]])
+def test_what_is_no_path_and_no_pil_image_is_refused_in_one_sentence(make, trained, pictures):
+    given = make(pictures / "test/sea/0.png")
+    with pytest.raises(TypeError, match=r"^a picture is a path or a PIL image, not \w+: Image.open\(file\) .*$"):
+        [*evaluate.predict(evaluate.load_run(trained), given)]
+    for file in given if isinstance(given, list) else [given]:
+        getattr(file, "close", lambda: None)()
+
+
+def test_a_pil_image_that_breaks_is_named_by_its_place(trained, pictures, tmp_path):
+    good = pictures / "test/sea/0.png"
+    (tmp_path / "half.png").write_bytes(good.read_bytes()[:-99])
+    with Image.open(good) as whole, Image.open(tmp_path / "half.png") as half:
+        found = evaluate.predict(evaluate.load_run(trained), [whole, good, half])
+        assert [next(found)[0], next(found)[0]] == [whole, good]
+        with pytest.raises(ValueError, match="cannot read picture number 3, a PIL image: OSError"):
+            next(found)
 
 
 # ---- from the shell ------------------------------------------------------------------------------------------
@@ -132,6 +177,24 @@ def test_folders_are_walked_and_what_fails_is_named_at_the_end(trained, pictures
     assert (rows[-1]["predicted"], rows[-1]["fused"]) == (rows[-1]["class_1"], rows[-1]["probability_1"])
     with pytest.raises(SystemExit, match="there is no picture to name"):
         command(trained, "--images", tmp_path / "empty")
+
+
+def test_a_pattern_that_the_shell_left_is_expanded(pictures, tmp_path):
+    for name in ("b.png", "a.png", "c.txt", "[1].png"):
+        shutil.copy(pictures / "test/sea/0.png", tmp_path / name)
+    assert predict.find([f"{tmp_path}/?.png"])[0] == [f"{tmp_path}/a.png", f"{tmp_path}/b.png"]
+    assert predict.find([f"{tmp_path}/[1].png"])[0] == [f"{tmp_path}/[1].png"]            # a file of this name
+    with pytest.raises(ValueError, match=r"no file fits .*\*.jpg"):
+        predict.find([f"{tmp_path}/*.jpg"])
+
+
+def test_a_file_is_treated_as_in_a_folder(tmp_path):
+    for name in ("a.pgm", "b.tga", "c.nef", "d.txt"):
+        (tmp_path / name).touch()
+    files = [str(tmp_path / name) for name in ("a.pgm", "b.tga", "c.nef", "d.txt")]
+    paths, notes = predict.find(files)
+    assert paths == predict.find([str(tmp_path)])[0] == files[:2]
+    assert notes == [f"{file}: left out, {file[-4:]} is not read as a picture, here as in folders" for file in files[2:]]
 
 
 def test_texts_are_encoded_once_for_all_pictures(trained, pictures, monkeypatch):

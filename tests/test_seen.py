@@ -161,7 +161,7 @@ def test_a_picture_for_which_memory_does_not_suffice_is_named(tmp_path):
     Image.new("RGB", (3, 2)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="out of memory at picture .*a.png of 3 x 2 pixels"):
         data.Pictures([(str(tmp_path / "a.png"), 0, "a")], fail)[0]
-    fault = predict.read_as_tensor(tmp_path / "a.png", fail)
+    fault = predict.read_as_tensor((1, tmp_path / "a.png"), fail)
     assert isinstance(fault, ValueError) and "a.png of 3 x 2" in str(fault)
 
 
