@@ -106,10 +106,8 @@ def read_as_tensor(numbered, transform):
     try:
         if not isinstance(picture, Image.Image):
             return data.to_tensor(data.read_image(os.fspath(picture), as_people_see=True), transform, picture)
-        name = f"number {place}, a PIL image"
-        with data.reading(name):
-            image = data.as_seen(picture)
-        return data.to_tensor(image, transform, name)
+        with data.reading(f"number {place}, a PIL image"):   # why: Pillow reads a file only when it is asked to
+            return transform(data.as_seen(picture))
     except ValueError as error:
         return error
 

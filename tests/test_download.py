@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import itertools
 import os
 import sys
 import threading
@@ -97,11 +98,17 @@ def run(monkeypatch, capsys, *args):
     return main(monkeypatch, *args), capsys.readouterr().out
 
 
+numbers = itertools.count()
+
+
 def folder_tree(root, classes=("cat", "dog"), count=4):
+    """Pictures of which no two are the same."""
     for name in classes:
         (root / name).mkdir(parents=True)
         for i in range(count):
-            Image.new("RGB", (20, 20), (i, i, i)).save(root / name / f"{i}.jpg")
+            number = next(numbers)
+            Image.new("RGB", (20, 20), (number % 16 * 16, number // 16 % 16 * 16, number // 256 * 16)).save(
+                root / name / f"{i}.jpg")
     return root
 
 

@@ -246,7 +246,7 @@ def test_a_picture_that_cannot_be_read_has_its_turn(trained, pictures, tmp_path)
     found = [*predict.predictions(evaluate.load_run(trained), [fine, Image.open(torn), Image.new("RGB", (0, 5)), fine])]
     kinds = [type(prediction).__name__ for _, prediction in found]
     assert kinds == ["Prediction", "ValueError", "ValueError", "Prediction"]
-    assert all("cannot read picture <PIL." in str(found[i][1]) for i in (1, 2))
+    assert all(f"cannot read picture number {i + 1}, a PIL image: " in str(found[i][1]) for i in (1, 2))
 
 
 def test_predict_refuses_what_cannot_work(trained, pictures):
