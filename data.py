@@ -18,13 +18,12 @@ import zlib
 import clip  # before torch: it bounds how long torch's threads wait; else only `preprocess` is used of it
 
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from harness import machine
 from harness.parser import Parser
 from sources import DATASETS, choose_classes, critters, files, folders, read_lists, split_matches_published
-from sources.seen import as_seen
+from sources.seen import as_seen, open_image
 
 TEST_BATCH = 32      # why no more: the activations of a larger batch leave a processor's cache
 
@@ -167,7 +166,7 @@ def read_image(path, as_people_see=False):
         if os.path.exists(path) and not os.path.isfile(path):      # why: a pipe or a device may never end
             raise OSError("no regular file")
         # why not Image.open(path): of a file that it opens itself, Pillow mixes up the rows of some turned TIFFs
-        with open(path, "rb") as file, Image.open(file) as image:
+        with open(path, "rb") as file, open_image(file) as image:
             image.load()
             return as_seen(image) if as_people_see else image
 

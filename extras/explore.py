@@ -104,7 +104,7 @@ def page(numbers, paper):
 
     paper: the address of PAPER.md.
     """
-    template = TEMPLATE.read_text(encoding="utf-8").replace('href="PAPER.md', f'href="{quote(paper)}')
+    template = TEMPLATE.read_text(encoding="utf-8").replace('href="PAPER.md', f'href="{quote(paper, safe="/:")}')
     scripts = re.findall("<script>(.*?)</script>", template, re.DOTALL)
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
@@ -113,6 +113,14 @@ def page(numbers, paper):
     # why: a "<" in a class name could end the element that holds the numbers
     data = json.dumps(numbers).replace("<", "\\u003c")
     return template.replace("{{policy}}", policy).replace("{{data}}", data)
+
+
+def address_from(folder):
+    """The address of PAPER.md in a page in this folder."""
+    try:
+        return Path(os.path.relpath(PAPER, folder)).as_posix()
+    except ValueError:                                     # on Windows, of a folder on another drive
+        return PAPER.as_uri()
 
 
 def parse_args(argv=None):
@@ -141,7 +149,7 @@ def main(args):
     pictures = [look(model, text_features, image, path, truth)
                 for path, truth, image in visualize.chosen(args.run, checkpoint, model, args)]
 
-    paper = Path(os.path.relpath(PAPER, args.output.parent.resolve())).as_posix()
+    paper = address_from(args.output.parent.resolve())
     machine.write_text(args.output, page({"run": args.run, **described(model), "pictures": pictures}, paper))
     print(f"wrote {args.output}, {args.output.stat().st_size / 1000:.0f} kB")
 

@@ -4,11 +4,13 @@ why not for the published datasets: their numbers belong to CLIP's own preproces
 """
 
 import contextlib
+import io
 import struct
 
 import numpy
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+PNG = b"\x89PNG\r\n\x1a\n"         # how such a file begins
 # Tags of EXIF and TIFF, by number.
 ORIENTATION = 0x0112
 BITS, PHOTOMETRIC, SAMPLE_FORMAT, GDAL_NODATA = 258, 262, 339, 42113
@@ -58,6 +60,30 @@ def exif_orientation(block):
             value, = struct.unpack_from(order + letter, block, place + 8)
             return value
     return None
+
+
+def open_image(file):
+    """An open file as a PIL image, also a PNG whose EXIF block is damaged. why: Pillow refuses it, browsers do not."""
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        file.seek(0)
+        content = file.read()
+        if not content.startswith(PNG):
+            raise
+    return Image.open(io.BytesIO(without_exif(content)))
+
+
+def without_exif(content):
+    """The bytes of a PNG without its EXIF blocks."""
+    kept = [PNG]
+    place = len(PNG)
+    while place < len(content):
+        length = int.from_bytes(content[place : place + 4], "big") + 12            # with its name and its checksum
+        if content[place + 4 : place + 8] != b"eXIf":
+            kept.append(content[place : place + length])
+        place += length
+    return b"".join(kept)
 
 
 def grey_of_8_bits(image):

@@ -193,6 +193,7 @@ def test_every_equation_links_to_its_section():
     linked = re.findall('href="PAPER.md#(.*?)"', explore.TEMPLATE.read_text(encoding="utf-8"))
     assert len(linked) == 7 and set(linked) <= anchors
     assert explore.page({}, "../P A.md").count('href="../P%20A.md#') == 7
+    assert 'href="file:///C:/a/PAPER.md#' in explore.page({}, "file:///C:/a/PAPER.md")
 
 
 # ---- the command
@@ -398,3 +399,11 @@ def test_other_methods_show_the_parts_that_they_have(browser, tmp_path, method, 
     with torch.no_grad():
         decisive = model.logits(model(images[:1]))[0].max()
     assert browser.shown("#decision tbody tr:first-child td:last-child").startswith(f"{decisive:.2f}")
+
+
+def test_a_page_on_another_drive_names_the_whole_address(monkeypatch, tmp_path):
+    def fail(*_):
+        raise ValueError("path is on mount 'C:', start on mount 'D:'")       # Windows' words
+
+    monkeypatch.setattr(explore.os.path, "relpath", fail)
+    assert explore.address_from(tmp_path) == explore.PAPER.as_uri()

@@ -130,6 +130,15 @@ def test_the_root_may_be_a_disk_of_its_own(tmp_path):
     assert data.load("folder", tmp_path, 0, 1)[3] == ["cat", "dog"]
 
 
+def test_a_link_to_another_drive_is_followed(tmp_path, monkeypatch):
+    # on Windows os.path.commonpath fails for two drives
+    monkeypatch.setattr(listing.os.path, "commonpath", lambda paths: 1 / 0)
+    touch(tmp_path, "there/1.jpg")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/link").symlink_to(tmp_path / "there")
+    assert listing.walk(tmp_path / "here").pictures == [f"{tmp_path}/here/link/1.jpg"]
+
+
 # ---- names ---------------------------------------------------------------------------------------------------
 
 def test_both_spellings_give_the_same_names_in_the_same_order(tmp_path):

@@ -51,6 +51,17 @@ def test_what_cannot_be_read_of_exif_counts_as_upright(form, kind, turned, tmp_p
     assert data.read_image(str(tmp_path / f"a.{form}"), as_people_see=True).size == ((10, 20) if turned else (20, 10))
 
 
+def test_the_checksum_of_a_damaged_exif_block_does_not_matter(tmp_path):
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png", exif=odd_exif("whole"))
+    content = bytearray((tmp_path / "a.png").read_bytes())
+    content[content.index(b"eXIf") + 8] ^= 1
+    (tmp_path / "a.png").write_bytes(content)
+    assert data.read_image(str(tmp_path / "a.png"), as_people_see=True).size == (20, 10)
+    (tmp_path / "a.png").write_bytes(content[:30] + b"x" + content[31:])            # the head itself is damaged
+    with pytest.raises(ValueError, match="cannot read picture .*a.png: UnidentifiedImageError"):
+        data.read_image(str(tmp_path / "a.png"), as_people_see=True)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_orientation_is_turned_upright(orientation, tmp_path):
     # what EXIF calls row 0 and column 0 of the picture as it is stored; "F" is symmetric in no way
