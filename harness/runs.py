@@ -179,7 +179,7 @@ def read_result(run):
         result = json.loads(path.read_text(encoding="utf-8"))
         wrong = [name for name, kind in RESULT.items() if not isinstance(result.get(name), kind)]
         if not wrong:
-            wrong = [f"option {name}" for name in ("method", "dataset", "classes")
+            wrong = [f"option {name}" for name in ("method", "dataset", "classes", "model")
                      if not isinstance(result["config"].get(name), str)]
             # why: a mean of several would be no number
             wrong += [] if 0 <= result["accuracy"] <= 100 else ["accuracy in percent"]

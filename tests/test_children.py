@@ -10,7 +10,7 @@ from extras.jobs import Job, foresee
 
 RESULT = {"dataset": "critters", "model": "tiny", "shots": 16, "seed": 1, "split_seed": 1, "accuracy": 50.0,
           "seconds": 60.0, "test_images": 4,
-          "config": {"method": "coop", "dataset": "critters", "classes": "all"}}
+          "config": {"method": "coop", "dataset": "critters", "classes": "all", "model": "tiny"}}
 
 
 @pytest.fixture(autouse=True)

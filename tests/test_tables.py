@@ -22,8 +22,8 @@ def result(folder, dataset="eurosat", accuracy=90.0, shots=16, seed=1, split_see
     folder.mkdir(parents=True)
     fields = {"dataset": dataset, "shots": shots, "seed": seed, "split_seed": split_seed,
               "accuracy": accuracy, "model": model, "split": split, "split_matches_published": published,
-              "config": {**usual(config.get("method", "sotglp")), **config, "dataset": dataset, "seed": seed,
-                         "split_seed": split_seed}}
+              "config": {**usual(config.get("method", "sotglp")), **config, "dataset": dataset, "model": model,
+                         "seed": seed, "split_seed": split_seed}}
     (folder / "result.json").write_text(json.dumps(fields))
 
 
@@ -120,7 +120,7 @@ def test_a_linear_probe_of_another_model_has_a_column(tmp_path, capsys):
     result(tmp_path / "a", accuracy=90.0)
     result(tmp_path / "b", accuracy=80.0, method="coop")
     change(tmp_path / "b", model="ViT-B/32", split_matches_published=None,
-           config={"method": "linear_probe", "classes": "all", "dataset": "eurosat"})
+           config={"method": "linear_probe", "classes": "all", "dataset": "eurosat", "model": "ViT-B/32"})
     table_1, _, printed = table(tmp_path, capsys)
     assert table_1["eurosat"][-2:] == ["90.00", "80.00"] and "our linear_probe" in printed
 
@@ -137,8 +137,9 @@ def test_runs_on_other_pictures_are_not_averaged(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("fields, complaint", [
-    ({"config": []}, "config"), ({"config": {}}, "option method, option dataset, option classes"),
-    ({"config": {"method": ["coop"], "dataset": "dtd", "classes": "all"}}, "option method"),
+    ({"config": []}, "config"),
+    ({"config": {}}, "option method, option dataset, option classes, option model"),
+    ({"config": {"method": ["coop"], "dataset": "dtd", "classes": "all", "model": "tiny"}}, "option method"),
     ({"accuracy": "90"}, "accuracy"), ({"accuracy": float("nan")}, "accuracy in percent"),
     ({"shots": "16"}, "shots"), ({"seed": None}, "seed"), ({"model": 7}, "model")])
 def test_a_damaged_result_is_named(fields, complaint, tmp_path):
