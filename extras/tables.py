@@ -4,6 +4,7 @@
     python -m extras.tables --base-to-new runs/coop-eurosat-base-*       runs of train.py --classes base
 """
 
+import os
 import statistics
 from pathlib import Path
 
@@ -149,8 +150,11 @@ def print_tables(folder):
         for method in (*TABLE_4, *our_methods):
             print_row(f"  {method}", numbers, [(dataset, shots, method) for shots in SHOTS])
     print("\n" + "\n".join(notes or [f"no result.json below {folder}: nothing ran yet"]))
-    machine.write_csv(Path(folder) / "table.csv", csv_rows(numbers))
-    print(f"wrote {Path(folder) / 'table.csv'}")
+    if os.access(folder, os.W_OK):
+        machine.write_csv(Path(folder) / "table.csv", csv_rows(numbers))
+        print(f"wrote {Path(folder) / 'table.csv'}")
+    else:
+        print(f"note: {folder} is read-only here: table.csv is not written")
 
 
 def print_row(label, numbers, keys):

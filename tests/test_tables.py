@@ -171,6 +171,14 @@ def test_a_table_of_the_users_is_not_replaced(tmp_path, capsys):
         assert capsys.readouterr().out == "" and os.path.lexists(path)
 
 
+def test_a_folder_that_is_read_only_has_its_tables_printed(tmp_path, capsys, monkeypatch):
+    result(tmp_path / "a", accuracy=90.0)
+    monkeypatch.setattr(tables.os, "access", lambda folder, mode: False)
+    table_1, _, printed = table(tmp_path, capsys)
+    assert table_1["eurosat"][-1] == "90.00" and "read-only here: table.csv is not written" in printed
+    assert not (tmp_path / "table.csv").exists()
+
+
 def test_a_table_of_nothing_says_so(tmp_path, capsys):
     table_1, _, printed = table(tmp_path, capsys)
     assert table_1["eurosat"] == ["48.3", "84.9", "90.1", "91.7"] and "nothing ran yet" in printed
