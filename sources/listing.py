@@ -81,6 +81,7 @@ def walk(top):
     def fail(error):
         raise error
 
+    top = os.fspath(top)
     found = Listing([], [], [])
     above = {top: with_parents(top)}                     # {folder: itself and all in which it lies}
     for here, folders, files in os.walk(top, onerror=fail, followlinks=True):
