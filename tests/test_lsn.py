@@ -24,8 +24,8 @@ def sigmoid(x):
 # ---- by hand
 
 def test_the_own_class_is_the_one_that_the_image_resembles_least():
-    # cosines .1 and .4: logits 20 * .9 = 18 and 20 * .6 = 12, so p = (.997527, .002473). The loss of label 0 is
-    # .002476; of the softmax of p, it is ln(1 + exp(.002473 - .997527)) = .314594
+    # cosines .1 and .4: logits 20 * .9 = 18 and 20 * .6 = 12, so p = (.997527, .002473). The loss of label 0
+    # is .002476; of the softmax of p, it is ln(1 + exp(.002473 - .997527)) = .314594
     logits = lsn.negative_logits(torch.tensor([[.1, .4]], dtype=DOUBLE))
     torch.testing.assert_close(logits, torch.tensor([[18, 12]], dtype=DOUBLE))
     label = torch.tensor([0])

@@ -25,8 +25,8 @@ def test_the_score_is_the_cosine_with_the_mean_text():
 
 
 def test_the_shift_is_half_the_variance_against_the_own_class():
-    # own class 0: its deviations are (.1, -.1) and (-.1, .1), those of class 1 are 0. The image sees the first
-    # number alone: ((0 - .1)^2 + (0 + .1)^2) / (2 + 1) / 2 = .02 / 6. At the scale 10: 100 times that.
+    # own class 0: its deviations are (.1, -.1) and (-.1, .1), those of class 1 are 0. The image sees the
+    # first number alone: ((0 - .1)^2 + (0 + .1)^2) / (2 + 1) / 2 = .02 / 6. At the scale 10: 100 times that.
     expected = torch.tensor([[0, .02 / 6]], dtype=DOUBLE)
     torch.testing.assert_close(proda.shift(IMAGE, TEXT, torch.tensor([0]), 1), expected)
     torch.testing.assert_close(proda.shift(IMAGE, TEXT, torch.tensor([0]), 10), 100 * expected)
@@ -88,7 +88,7 @@ def test_the_functions_are_float32_under_autocast_and_keep_float64():
 
 @pytest.fixture
 def model(clip_model):
-    return ProDA(clip_model, NAMES, n_global=5, n_context=3, n_drawn=2)
+    return ProDA(clip_model, NAMES, n_global=5, n_context=3, n_drawn=2, lambda_orthogonal=2.0)
 
 
 def test_contexts_start_small_and_each_from_its_own(model):
@@ -111,13 +111,16 @@ def test_a_step_compares_the_drawn_contexts_and_keeps_all_apart(model, clip_mode
     torch.testing.assert_close(text, every[:, [3, 1]], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(logits, proda.logits(image, text, model.scale))
     loss, terms = model.loss(outputs, labels, 2)
-    torch.testing.assert_close(loss, proda.objective(image, text, bare, labels, model.scale))
+    expected = proda.objective(image, every[:, [3, 1]], bare, labels, model.scale, 2.0)
+    torch.testing.assert_close(loss, expected)
     shifted = logits + proda.shift(image, text, labels, model.scale)
     torch.testing.assert_close(terms["global"], coop.objective(shifted, labels))
     torch.testing.assert_close(terms["orthogonality"], proda.orthogonality(bare))
-    # a context that was not drawn is kept apart from the others all the same
-    loss.backward()
-    assert (model.global_prompts.grad.flatten(1).norm(dim=1) > 0).tolist() == [True] * 5
+    # both terms reach the contexts that were drawn; the others are kept apart all the same
+    found, = torch.autograd.grad(loss, model.global_prompts, retain_graph=True)
+    wanted, = torch.autograd.grad(expected, model.global_prompts)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    assert (found.flatten(1).norm(dim=1) > 0).tolist() == [True] * 5
 
 
 def test_contexts_are_kept_apart_without_a_class_name(model, clip_model):
@@ -129,6 +132,11 @@ def test_contexts_are_kept_apart_without_a_class_name(model, clip_model):
     expected = torch.nn.functional.normalize(clip_model.encode_embeddings(texts, torch.full((5,), 5)), dim=-1)
     bare = model.train()(images(1), torch.tensor([[0, 1]]))[3]
     torch.testing.assert_close(bare, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_step_without_a_draw_makes_one(model):
+    logits, _, text, _ = model.train()(images(2))
+    assert logits.shape == (2, 3) and text.shape == (3, 2, 32)
 
 
 def test_the_test_takes_all_contexts(model):
