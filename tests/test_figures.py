@@ -100,7 +100,7 @@ def test_curves_name_each_run_with_its_own_epochs(drawn):
 # ---- the plan
 
 def test_sums_of_rows_and_of_columns_of_a_plan_that_is_not_square(drawn):
-    # In 24ths: the rows have 12, 8 and 4, the columns 18 and 6. Of 6 cells each has 4 / 24 in the uniform plan.
+    # In 24ths: the rows have 12, 8 and 4, the columns 18 and 6; in the uniform plan each of 6 cells has 4.
     plan = torch.tensor([[9, 3], [7, 1], [2, 2]]) / 24
     visualize.plan_table(plan)
     numbers = words(drawn)
