@@ -2,9 +2,7 @@
 
 CoOp, and negative contexts for each class, which learn what the class is not: of all classes, an image shall
 resemble the negative texts of its own class least. The confidence adds up what both kinds of text say of an
-image; the prediction is CoOp's.
-
-Against SOT-GLP: one prompt per class decides; no patches, no transport, no map on features.
+image; the prediction is CoOp's. Against SOT-GLP: no patches, no transport, no map on features.
 
 differs: the authors train one set after the other in each epoch, while the texts of the other sets stand
 still. Here all sets take each step together, and the constants of `diversity` are the texts before the step.
