@@ -264,30 +264,76 @@ def test_search_halves_the_interval_towards_the_better_end(better, expected, mon
     assert tried[9:11] == pytest.approx(middle)
 
 
-def test_linear_probe_command_writes_the_result_of_train(pictures, clip_file, tmp_path, capsys, monkeypatch):
-    # the pictures have no validation part: the training images of the second half serve
-    def load(*args):
-        train_set, _, test, names = original(*args)
+def test_linear_probe_command_chooses_fits_and_writes_the_result_of_train(pictures, clip_file, tmp_path, capsys,
+                                                                          monkeypatch):
+    # the pictures have no validation part: every other training image serves
+    drawn, searched, fitted, as_seen = [], [], [], []
+    load, fit, Pictures = data.load, probe_command.fit, data.Pictures
+
+    def load_with_validation(*args):
+        train_set, _, test, names = load(*args)
+        drawn.append((args, train_set))
         return train_set, train_set[::2], test, names
 
-    original = data.load
-    monkeypatch.setattr(data, "load", load)
-    monkeypatch.setattr(probe_command, "search", lambda *_: 1.0)
+    def pictures_of(*args, **options):
+        as_seen.append(Pictures(*args, **options).as_people_see)
+        return Pictures(*args, **options)
+
+    monkeypatch.setattr(data, "load", load_with_validation)
+    monkeypatch.setattr(data, "Pictures", pictures_of)
+    monkeypatch.setattr(probe_command, "search", lambda *args: searched.append(args) or 0.37)
+    monkeypatch.setattr(probe_command, "fit", lambda *args: fitted.append(args) or fit(*args))
     options = ["--dataset", "folder", "--data-root", str(pictures), "--model", str(clip_file), "--shots", "3",
-               "--device", "cpu", "--output-dir", str(tmp_path / "probe")]
+               "--seed", "4", "--split-seed", "3", "--device", "cpu", "--output-dir", str(tmp_path / "probe")]
     probe_command.main(probe_command.parse_args(options))
+    (args, train_set), = drawn
+    assert args == ("folder", str(pictures), 3, 3) and as_seen == [True, True, True]
+    with torch.no_grad():
+        images = torch.stack([clip.preprocess(32)(data.read_image(path)) for path, *_ in train_set])
+        features = clip.load(str(clip_file))[0].encode_image(images)
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
+    for found, expected in zip(searched[0], (features, labels, features[::2], labels[::2]), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert fitted[0] == (searched[0][0], searched[0][1], 0.37, 3)
+
     result = json.loads((tmp_path / "probe/result.json").read_text())
     # coloured noise is easy; one test image has another class's colour on purpose
     assert result["accuracy"] == pytest.approx(100 * 6 / 7)
-    assert (result["method"], result["test_images"], result["train_images"]) == ("linear_probe", 7, 9)
-    assert result["learned_parameters"] == 3 * 32 + 3
+    facts = {"method": "linear_probe", "test_images": 7, "train_images": 9, "learned_parameters": 3 * 32 + 3,
+             "c": 0.37, "seed": 4, "split_seed": 3, "class_names": ["red clay", "sea", "wood"]}
+    assert result.items() >= facts.items() and result["config"]["seed"] == 4
+    assert result["data"] == {part: runs.digest(items, pictures)
+                              for part, items in (("training", train_set), ("test", load(*args)[2]))}
     assert "accuracy 85.71 %" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="holds a run already"):
         probe_command.main(probe_command.parse_args(options))
     (tmp_path / "probe/last.pt").touch()                                  # as if another method had trained here
     (tmp_path / "probe/evaluation.json").touch()
     probe_command.main(probe_command.parse_args([*options, "--overwrite"]))
-    assert {path.name for path in (tmp_path / "probe").iterdir()} == {"lock", "result.json", "per_class.csv", "confusion.csv"}
+    assert {path.name for path in (tmp_path / "probe").iterdir()} == {
+        "lock", "result.json", "per_class.csv", "confusion.csv"}
+
+
+def test_search_is_decided_by_the_validation_images():
+    # Class 0 has (1, .1) and (-.2, .1), class 1 their negatives. A heavy penalty, up to c = 10, points the weights at
+    # the sum of both, about (.8, .2); a light one, from c = 100 on, has to separate them: about (0, 1).
+    train = torch.tensor([[1, 0.1], [-0.2, 0.1], [-1, -0.1], [0.2, -0.1]])
+    labels, pair = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1])
+    # Validation against the second feature: right for c = 1 and below, so the first such power is 1, and of the equal
+    # ends .1 and 10 the left one stays.
+    heavy = torch.tensor([[0.2, -0.1], [-0.2, 0.1]])
+    assert linear_probe.search(train, labels, heavy, pair) == pytest.approx(0.1)
+    # Validation for it: right for c = 100 and above, of which 10^6 comes first; its left end is 10^5.
+    assert linear_probe.search(train, labels, -heavy, pair) == pytest.approx(1e5)
+
+
+@torch.no_grad()
+def test_the_probe_of_a_run_reads_clips_features_as_they_are(clip_model):
+    weight, bias = torch.randn(3, 32, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    model, batch = linear_probe.LinearProbe(clip_model, NAMES, weight, bias), images()
+    expected = clip_model.encode_image(batch).double() @ weight.T + bias
+    torch.testing.assert_close(model(batch)[0], expected, atol=1e-5, rtol=1e-5)
+    assert model.scores(model(batch)).keys() == {"probe"} and model.encode_prompts() is None
 
 
 def test_linear_probe_needs_validation_images(tmp_path, monkeypatch):
