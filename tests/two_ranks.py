@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import train  # noqa: E402
+from harness.cached_features import share_rows  # noqa: E402
 from clip import loader  # noqa: E402
 from methods import METHODS  # noqa: E402
 from methods.promptot import transport_loss  # noqa: E402
@@ -110,7 +111,7 @@ def filled_rows(rank, world):
     for n in (3, 1):
         tensor = torch.zeros(n, 2, dtype=torch.bfloat16)
         tensor[rank::world] = torch.arange(n)[rank::world, None].to(tensor)
-        train.share_rows(tensor, world)
+        share_rows(tensor, world)
         tensors.append(tensor)
     return tensors
 
