@@ -157,11 +157,14 @@ def announce(jobs, left, at_once):
 
 
 def minutes(jobs, left, at_once):
-    """About how long the jobs that are left take, as text."""
-    seconds = expected_seconds(jobs, left)
-    if None in seconds.values():
+    """About how long the jobs that are left take, as text; an unknown one as long as the median of the rest."""
+    seconds = expected_seconds(jobs, jobs)
+    known = [each for each in seconds.values() if each is not None]
+    if not known:
         return "an unknown time"
-    return f"about {sum(seconds[job[:3]] for job in left) / at_once / 60:.0f} min"
+    usual = statistics.median(known)
+    total = sum(seconds[job[:3]] or usual for job in left)
+    return f"about {total / at_once / 60:.0f} min"
 
 
 def expected_seconds(jobs, left):

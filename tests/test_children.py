@@ -83,8 +83,10 @@ def test_seconds_are_foreseen_by_images_and_epochs(tmp_path, capsys):
     for other in ({"dataset": "dtd"}, {"model": "ViT-B/16"}, {"device": "cuda"}, {"shots": 0}):
         assert foresee(60, {**usual, **other}) is None
     two = [job(tmp_path, "a", "", seconds=90), job(tmp_path, "b", "", seconds=30)]
-    for jobs in (two, [job(tmp_path, "c", "")]):
+    unknown = job(tmp_path, "c", "")
+    for jobs in (two, [unknown]):
         children.announce(jobs, jobs, at_once=2)
+    assert children.minutes([*two, unknown], [unknown], at_once=1) == "about 1 min"     # the median, 60 s
     assert capsys.readouterr().out.splitlines() == [
         "2 runs, 0 finished already; 2 at a time, about 1 min",              # (90 + 30) / 2 seconds
         "  a, critters, 16 shots: 1 to run, about 90 s each",
