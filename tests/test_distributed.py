@@ -95,7 +95,7 @@ def test_one_process_downloads_and_both_get_the_file_or_the_error(pair):
     assert requests == ["there.pt", "missing.pt"]
     for rank in ranks:
         assert rank["there"] == str(folder / "cache/there.pt")
-        assert rank["missing"].startswith("failed: cannot download http://127.0.0.1:")
+        assert "cannot download" in rank["missing"] and "http://127.0.0.1:" in rank["missing"]
     assert [path.name for path in (folder / "cache").iterdir()] == ["there.pt"]
 
 
