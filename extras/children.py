@@ -78,6 +78,7 @@ class Child:
     def __init__(self, job, threads):
         self.job = job
         self.commands = [*job.missing.values()]
+        self.process = None
         self.error = ""
         # why the encoding: output.txt is read in UTF-8
         self.environment = machine.alone()
@@ -88,15 +89,20 @@ class Child:
 
     def start(self):
         """Starts the next command; what it prints goes to the end of RUN/output.txt."""
-        self.job.folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, *self.commands.pop(0)]
-        with open(self.job.folder / "output.txt", "ab") as output:
-            self.printed_before = output.tell()
-            self.process = subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.DEVNULL, stdout=output,
-                                            stderr=subprocess.STDOUT, env=self.environment)
+        try:
+            self.job.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.job.folder / "output.txt", "ab") as output:
+                self.printed_before = output.tell()
+                self.process = subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.DEVNULL, stdout=output,
+                                                stderr=subprocess.STDOUT, env=self.environment)
+        except OSError as error:
+            self.error = f"cannot be started: {error}"
 
     def has_ended(self):
         """Whether nothing is left to do. Starts the next command where one has ended well."""
+        if self.error:
+            return True
         code = self.process.poll()
         if code is None:
             return False
@@ -133,15 +139,16 @@ def error_message(printed):
 
 def end(children):
     """Asks jobs to end, and kills what does not."""
-    for child in children:
-        child.process.terminate()
+    processes = [child.process for child in children if child.process]
+    for process in processes:
+        process.terminate()
     deadline = time.monotonic() + PATIENCE
-    for child in children:
+    for process in processes:
         try:
-            child.process.wait(max(0, deadline - time.monotonic()))
+            process.wait(max(0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            child.process.kill()
-            child.process.wait()
+            process.kill()
+            process.wait()
 
 
 # ---- how long it takes -------------------------------------------------------------------------------------
@@ -157,7 +164,7 @@ def announce(jobs, left, at_once):
 
 
 def minutes(jobs, left, at_once):
-    """About how long the jobs that are left take, as text; an unknown one as long as the median of the rest."""
+    """About how long the jobs that are left take, as text; an unknown one as the median of the rest."""
     seconds = expected_seconds(jobs, jobs)
     known = [each for each in seconds.values() if each is not None]
     if not known:

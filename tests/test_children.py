@@ -35,11 +35,13 @@ def test_a_failure_has_its_own_words_and_the_others_go_on(tmp_path, monkeypatch,
         "fault": "import json; json.loads('')",
         "latin": "import sys; sys.stdout.buffer.write(b'error: f\\xe4r\\n'); sys.exit(1)",
         "empty": "pass",
+        "blocked": "pass",
         "fine": f"open({str(path)!r}, 'w').write({json.dumps(RESULT)!r})"}
+    (tmp_path / "blocked").touch()                         # a file in the place of the folder
     (tmp_path / "silent").mkdir()
     (tmp_path / "silent/output.txt").write_text("error: that of yesterday\n")
     jobs = [job(tmp_path, row, program) for row, program in programs.items()]
-    with pytest.raises(ValueError, match="^7 runs failed, the others are kept") as failed:
+    with pytest.raises(ValueError, match="^8 runs failed, the others are kept") as failed:
         children.run_all(jobs, at_once=1, threads=1)
     reasons = str(failed.value).replace(", critters, 16 shots, seed 1", "").splitlines()[1:]
     assert reasons == [
@@ -47,8 +49,9 @@ def test_a_failure_has_its_own_words_and_the_others_go_on(tmp_path, monkeypatch,
         "silent: ended with code 3, without an error message",
         "long: error: 2 pictures cannot be read", "a.png", "b.png",
         "fault: json.decoder.JSONDecodeError: Expecting value: line 1 column 1 (char 0)",
-        "latin: error: f\ufffdr", "empty: ended without an error, but did not write result.json"]
-    assert "8 of 8: fine, critters, 16 shots, seed 1: accuracy 50.00 %" in capsys.readouterr().out
+        "latin: error: f\ufffdr", "empty: ended without an error, but did not write result.json",
+        f"blocked: cannot be started: [Errno 17] File exists: '{tmp_path}/blocked'"]
+    assert "9 of 9: fine, critters, 16 shots, seed 1: accuracy 50.00 %" in capsys.readouterr().out
 
 
 def test_an_interruption_ends_all_commands(tmp_path, monkeypatch):
