@@ -205,8 +205,7 @@ def main(args):
     """The runs, what is missing of them, the table."""
     if args.weights:
         machine.use_device(args.device)
-        run = Path(args.weights).expanduser()
-        return ablations.score_weights(run, args.device, args.data_root, args.model)
+        return ablations.score_weights(Path(args.weights), args.device, args.data_root, args.model)
 
     machine.refuse_torchrun()
     machine.check_device(args.device, n_processes=1)
