@@ -261,6 +261,23 @@ def test_an_evaluation_does_what_it_was_asked_and_says_so(split, on, amp, templa
     assert written == ["evaluation-critters.json" if on else "evaluation.json"]
 
 
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_a_test_reads_all_pictures_in_the_precision_that_it_was_asked(amp, monkeypatch):
+    model = sotglp.SOTGLP(random_clip(), NAMES, n_support=5)
+    features, asked, half = model.features, [], []
+    batch = torch.zeros(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    monkeypatch.setattr(data, "test_batches", lambda *args: asked.append(args) or [batch])
+    monkeypatch.setattr(model, "features", lambda images: half.append(torch.is_autocast_enabled("cpu")) or
+                        features(images))
+    predictions = []
+    counts = evaluate.test(model.train(), "abcd", "critters", amp, 3, predictions=predictions)
+    assert asked == [("abcd", "critters", 32, 3, torch.device("cpu"), 0, 1)] and {*half} == {amp == "bf16"}
+    assert len(predictions) == 4 and counts.n_images.tolist() == [2, 1, 1] and not model.training
+    monkeypatch.setattr(data, "test_batches", lambda *args: [batch] * 2)
+    with pytest.raises(RuntimeError, match="tested 8 of 4 images"):
+        evaluate.test(model, "abcd", "critters")
+
+
 def test_one_score_that_is_no_number_is_enough(monkeypatch):
     model = sotglp.SOTGLP(random_clip(), NAMES, n_support=5)
     scores = {"fused": torch.zeros(4, 3), "local": torch.zeros(4, 3)}

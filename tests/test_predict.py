@@ -56,6 +56,8 @@ def test_calibration_error_by_hand():
     assert evaluate.calibration_error(said(0.62, 0.66, 0.61, 1.0, 0.3), [0, 1, 0, 0, 1]) == pytest.approx(
         (3 * abs(2 / 3 - 0.63) + 0 + 0.3) / 5)
     assert evaluate.calibration_error(said(0.4, 0.6), [0, 0], bins=1) == pytest.approx(0.5)
+    # of two bins the first one ends at 1/2, which it has: (1 - .5) + (0 - .25) = .25 of two images
+    assert evaluate.calibration_error(said(0.5, 0.25), [0, 1], bins=2) == pytest.approx(0.125)
 
 
 # ---- from Python ---------------------------------------------------------------------------------------------
