@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 
 import data
-from harness import machine, places, runs
+from harness import machine, places, run_pictures, runs
 from harness.parser import Parser
 from harness.export import export
 from harness.predict import csv_row, likeliest, name_files, predict
@@ -215,7 +215,7 @@ def evaluate_run(run, checkpoint, device, data_root=None, workers=0, split="test
     if not writable:
         print(f"note: {run} is read-only here: evaluation.json is not written; --csv FILE can be elsewhere",
               flush=True)
-    items, class_names = runs.unseen_pictures(run, checkpoint, data_root, split, on, classes)
+    items, class_names = run_pictures.unseen_pictures(run, checkpoint, data_root, split, on, classes)
     model = runs.build(run, checkpoint, device, class_names, model_file)
     if amp is None:
         amp = machine.usable_amp(config["amp"], device)
@@ -234,7 +234,7 @@ def evaluate_run(run, checkpoint, device, data_root=None, workers=0, split="test
               "split": split, f"{split}_images": int(counts.n_images.sum()), "epoch": checkpoint["epoch"],
               **{name: config[name] for name in ("method", "dataset", "model", "shots", "seed")},
               "tested_on": dataset, "precision": machine.precision(amp),
-              "data": {split: runs.digest(items, runs.root_of(config, data_root, on))},
+              "data": {split: run_pictures.digest(items, run_pictures.root_of(config, data_root, on))},
               "seconds": round(time.monotonic() - start, 1)}
     name = "-".join(["evaluation", *filter(None, [on or classes])])
     if writable:

@@ -21,7 +21,7 @@ import torch
 
 import paper
 import data
-from harness import machine, places, runs
+from harness import machine, places, run_pictures, runs
 from harness.parser import Parser
 from methods import METHODS
 from methods.zero_shot import ZeroShot
@@ -335,10 +335,10 @@ def parse_args(argv=None):
 def find_pictures(args, checkpoint):
     """ID and OOD sets of a configuration -> {set: items}, class names; prints what was found and what looks wrong."""
     config = checkpoint["config"]
-    root = runs.root_of(config, args.data_root) if args.run else data.find_root(args.dataset, args.data_root)
+    root = run_pictures.root_of(config, args.data_root) if args.run else data.find_root(args.dataset, args.data_root)
     # why the OOD sets first: what is missing shows at once, while ImageNet's lists take their time
     outside = ood_sets(config["dataset"], root, args.ood_root)
-    test, class_names = (runs.unseen_pictures(args.run, checkpoint, args.data_root) if args.run else
+    test, class_names = (run_pictures.unseen_pictures(args.run, checkpoint, args.data_root) if args.run else
                          data.load(config["dataset"], root, shots=0, seed=1)[2:])
     print(f"{args.run or 'zero-shot'}: model {config['model']}, ID {config['dataset']}, {len(test)} test images, OOD "
           + ", ".join(f"{name} {len(items)}" for name, items in outside.items())
@@ -392,7 +392,7 @@ def main(args):
             **{name: config[name] for name in ("method", "dataset", "model")}, "temperature": args.temperature,
             "local_weight": args.local_weight, "ood_root": args.ood_root, "precision": machine.precision(args.amp),
             "images": {name: len(items) for name, items in sets.items()},
-            "data": {name: runs.digest(items, runs.root_of(config, args.data_root)) for name, items in sets.items()},
+            "data": {name: run_pictures.digest(items, run_pictures.root_of(config, args.data_root)) for name, items in sets.items()},
             "table": table, "paper_table_3": paper, "seconds": round(time.monotonic() - start, 1)})
         print(f"wrote {args.run}/ood.json")
     if args.csv:

@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import evaluate
-from harness import machine, places, runs
+from harness import machine, places, run_pictures, runs
 from harness.agreement import check_agreement, facts
 from harness.cached_features import CachedFeatures
 from harness.checkpoints import resume, save_checkpoint, start_from, write_log
@@ -80,7 +80,7 @@ def set_up(args, rank, world, device):
     # the pictures
     train_set, val_set, test_set, class_names = data.load(
         args.dataset, args.data_root, args.shots, args.split_seed, args.sampler, args.held_out, args.classes)
-    test_set = runs.choose(args.test_split, val_set, test_set)
+    test_set = run_pictures.choose(args.test_split, val_set, test_set)
     if data.DATASETS[args.dataset].as_people_see:
         data.check_pictures(train_set + test_set, rank, world)
     published = data.split_matches_published(args.dataset, args.data_root)
@@ -93,11 +93,11 @@ def set_up(args, rank, world, device):
     optimizer, scaler = make_optimizer(model, args, device)
 
     # what the run was made from
-    digests = {"training": runs.digest(train_set, args.data_root),
-               "test": runs.digest(test_set, args.data_root)}
+    digests = {"training": run_pictures.digest(train_set, args.data_root),
+               "test": run_pictures.digest(test_set, args.data_root)}
     fingerprint = {"config": config, "class_names": class_names, "clip_sha256": clip.weights_hash(clip_model),
                    "data": digests, "threads": torch.get_num_threads(),
-                   "training": [runs.relative_path(path, args.data_root) for path, *_ in train_set]}
+                   "training": [run_pictures.relative_path(path, args.data_root) for path, *_ in train_set]}
     if args.amp in machine.HALF:
         clip_model.store_matrices(machine.HALF[args.amp])
     return Run(args, rank, world, device, train_set, test_set, published, preprocess, model, optimizer,

@@ -31,14 +31,14 @@ def fetch(addresses, path, expected, limit):
             os.replace(part, path)
             return
         except (OSError, ValueError, HTTPException) as error:
-            faults.append(f"from {address}: {type(error).__name__}: {error}")
+            faults.append(f"{type(error).__name__}: {error}")
             if isinstance(error, HTTPError):
                 error.close()
         finally:
             with contextlib.suppress(OSError):     # why: the folder may not exist
                 part.unlink(missing_ok=True)
-    raise ConnectionError(f"cannot download {path} {'; '.join(faults)}. Without a connection, fetch the file on another "
-                          "machine and put it there")
+    raise ConnectionError(f"cannot download {' or '.join(addresses)} to {path}: {'; '.join(faults)}. Without a connection, "
+                          "fetch the file on another machine and put it there")
 
 
 def receive(address, path, limit):

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 
 from .download import digest, fetch
 from .model import Block

@@ -13,7 +13,7 @@ import paper
 from extras.jobs import Row
 from extras.measures import heading
 from extras.reuse import digests, read_measurement
-from harness import machine, runs
+from harness import machine, run_pictures, runs
 from methods import METHODS
 from sotglp import SOTGLP, fuse
 
@@ -67,7 +67,7 @@ def score_weights(run, device, data_root=None, model_file=None):
     for part, items in parts.items():
         counts = evaluate.test(model, items, config["dataset"], amp)
         found[part] = {score: 100 * n.sum().item() / len(items) for score, n in counts.n_correct.items()}
-    found["data"] = digests(parts, runs.root_of(config, data_root))
+    found["data"] = digests(parts, run_pictures.root_of(config, data_root))
     machine.write_json(run / "weights.json", found)
     print(f"wrote {run}/weights.json")
 
@@ -77,9 +77,9 @@ def scored_pictures(run, checkpoint, data_root=None):
 
     {"val": items, "test": items}. Raises ValueError where the classes are no longer those of the run.
     """
-    _, val, _, _ = runs.load_pictures(checkpoint["config"], data_root)
+    _, val, _, _ = run_pictures.load_pictures(checkpoint["config"], data_root)
     names = ("val", "test") if val else ("test",)
-    return {name: runs.unseen_pictures(run, checkpoint, data_root, name)[0] for name in names}
+    return {name: run_pictures.unseen_pictures(run, checkpoint, data_root, name)[0] for name in names}
 
 
 def weight_rows(folders):

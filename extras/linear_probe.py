@@ -17,7 +17,7 @@ import torch
 
 import data
 import evaluate
-from harness import machine, places, runs
+from harness import machine, places, run_pictures, runs
 from harness.configuration import folder_name
 from harness.parser import Parser
 from methods.linear_probe import LinearProbe, fit, search
@@ -103,7 +103,7 @@ def main(args):
         evaluate.report(folder, model, counts, config, started, c=c, train_images=len(train),
                         split_matches_published=published, class_names=class_names,
                         clip_sha256=clip.weights_hash(clip_model),
-                        data={part: runs.digest(items, args.data_root) for part, items in parts.items()})
+                        data={part: run_pictures.digest(items, args.data_root) for part, items in parts.items()})
 
 
 if __name__ == "__main__":

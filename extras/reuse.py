@@ -10,7 +10,7 @@ import json
 import clip  # before torch: it bounds how long torch's threads wait
 
 import ood
-from harness import runs
+from harness import run_pictures, runs
 from methods import METHODS
 
 # What a run was made from, beside its options, and what to call it.
@@ -64,14 +64,14 @@ def check_run(job, threads):
 def made_from(config):
     """What a run of this configuration would be made from now: the fields of MADE_FROM."""
     train, val, test, class_names = pictures(config)
-    parts = {"training": train, "test": runs.choose(config["test_split"], val, test)}
+    parts = {"training": train, "test": run_pictures.choose(config["test_split"], val, test)}
     return {"class_names": class_names, "data": digests(parts, config["data_root"]),
             "clip_sha256": weights_hash(config["model"], config["activation"])}
 
 
 def digests(parts, root):
     """{part: items} -> {part: digest}."""
-    return {part: runs.digest(items, root) for part, items in parts.items()}
+    return {part: run_pictures.digest(items, root) for part, items in parts.items()}
 
 
 def pictures(config, classes=None):
@@ -83,7 +83,7 @@ def pictures(config, classes=None):
 @functools.cache
 def read_lists(*options):
     # why a cache: the lists of ImageNet take seconds, and the runs of a table share them
-    return runs.load_pictures(dict(zip(PICTURES, options)))
+    return run_pictures.load_pictures(dict(zip(PICTURES, options)))
 
 
 @functools.cache

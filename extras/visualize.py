@@ -26,7 +26,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import data
-from harness import machine, places, runs
+from harness import machine, places, run_pictures, runs
 from harness.parser import Parser
 from clip.loader import MEAN, STD
 from clip.precision import unit
@@ -442,8 +442,8 @@ def read_curves(run):
 def run_items(run, checkpoint, data_root, split):
     """The pictures that a run was trained on, or those of its other parts that it was not trained on."""
     if split == "train":
-        return runs.training_pictures(run, checkpoint, data_root)
-    items, _ = runs.unseen_pictures(run, checkpoint, data_root, split)
+        return run_pictures.training_pictures(run, checkpoint, data_root)
+    items, _ = run_pictures.unseen_pictures(run, checkpoint, data_root, split)
     return items
 
 

@@ -7,7 +7,7 @@ import clip  # before torch: it bounds how long torch's threads wait
 
 import torch
 
-from harness import machine, places, runs
+from harness import machine, places, run_pictures, runs
 
 
 def save_checkpoint(run):
@@ -46,7 +46,7 @@ def resume(run):
                          f"python train.py --resume {run.folder} goes on with its own; "
                          f"--output-dir {runs.unused(run.folder)} without --resume leaves it alone")
     runs.check_classes(run.folder, checkpoint["class_names"], run.fingerprint["class_names"])
-    runs.check_data(run.folder, checkpoint["data"], run.fingerprint["data"])
+    run_pictures.check_data(run.folder, checkpoint["data"], run.fingerprint["data"])
     runs.restore(run.folder, checkpoint, run.model, run.fingerprint["clip_sha256"])
     try:
         run.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -81,7 +81,7 @@ def start_from(run, other):
     if checkpoint["config"]["dataset"] != run.args.dataset:
         return
 
-    tested = {runs.relative_path(path, run.args.data_root) for path, *_ in run.test_set}
+    tested = {run_pictures.relative_path(path, run.args.data_root) for path, *_ in run.test_set}
     seen = tested.intersection(checkpoint["training"])
     if seen:
         raise ValueError(f"--start-from {other}: it was trained on {len(seen)} of the {len(tested)} pictures "

@@ -10,7 +10,7 @@ from clip import tokenizer
 import torch
 
 import data
-from harness import machine, places, runs
+from harness import machine, places, run_pictures, runs
 from harness.options import SWITCHES, parse_args
 from methods import promptot
 from sources import files
@@ -89,7 +89,7 @@ def check_args(args, world):
         raise ValueError(f"--held-out must lie between 0 and 1, got {args.held_out}")
     check_start(args)
     if args.resume:
-        runs.root_of(vars(args))
+        run_pictures.root_of(vars(args))
     if args.dataset == "folder":
         places.check_apart(args.output_dir, args.data_root)
     runs.check_free(args.output_dir, configuration(args), args.resume, args.overwrite)

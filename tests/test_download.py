@@ -127,7 +127,7 @@ def test_anything_else_leaves_no_file_and_is_explained(server, tmp_path, kind, m
     address, path = f"{server}/{kind}/split.json", tmp_path / "split.json"
     with pytest.raises(OSError) as error:
         fetch([address], path, SHA256)
-    assert f"cannot download {path} from {address}: " in str(error.value) and message in str(error.value)
+    assert f"cannot download {address} to {path}: " in str(error.value) and message in str(error.value)
     assert os.listdir(tmp_path) == []
 
 
@@ -139,7 +139,7 @@ def test_the_next_address_is_tried(server, asked, tmp_path):
 
 
 def test_a_closed_port_is_explained(tmp_path):
-    with pytest.raises(OSError, match="http://127.0.0.1:1/split.json: URLError"):
+    with pytest.raises(OSError, match="http://127.0.0.1:1/split.json to .*split.json: URLError"):
         fetch(["http://127.0.0.1:1/split.json"], tmp_path / "split.json", SHA256)
 
 
@@ -406,7 +406,7 @@ def test_the_command_checks_a_folder(tmp_path, monkeypatch, capsys):
 
 def test_a_list_that_is_too_large_is_cut_off(server, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "LIST_LIMIT", 5)
-    with pytest.raises(OSError, match="good/split.json: OSError: more than the 5 bytes .*fetch the file on another"):
+    with pytest.raises(OSError, match="good/split.json to .*split.json: OSError: more than the 5 bytes .*fetch the file on another"):
         fetch([f"{server}/good/split.json"], tmp_path / "split.json", SHA256)
     assert os.listdir(tmp_path) == []
 

@@ -542,7 +542,7 @@ def test_a_download_does_not_wait_for_ever(publish, monkeypatch):
 
 
 @pytest.mark.parametrize("answer, words", [
-    ((404, b"", 0), "cannot download .*ViT-B-16.pt from http.*404.* put it there; --model tiny runs without a download$"),
+    ((404, b"", 0), "cannot download http.*ViT-B-16.pt to .*404.* put it there; --model tiny runs without a download$"),
     ((200, b"weig", 7), "only 4 of 7 bytes"),
     ((200, b"another", 7), "it sent 7 bytes with the digest .*, expected .*does a proxy answer in its place"),
 ])
@@ -557,7 +557,7 @@ def test_without_a_connection_the_error_says_where_to_put_the_file(publish, tmp_
     server = publish(b"weights")
     server.shutdown()
     server.server_close()
-    with pytest.raises(ConnectionError, match=f"cannot download .*cache/ViT-B-16.pt from {server.url}: "):
+    with pytest.raises(ConnectionError, match=f"cannot download {server.url} to .*cache/ViT-B-16.pt"):
         clip.load("ViT-B/16")
 
 
@@ -565,14 +565,14 @@ def test_a_cache_that_cannot_be_made_is_explained_too(publish, tmp_path, monkeyp
     publish(b"weights")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CLIP_CACHE", str(tmp_path / "file/cache"))
-    with pytest.raises(ConnectionError, match="cannot download .* from http.* put it there"):
+    with pytest.raises(ConnectionError, match="cannot download http.* put it there"):
         clip.load("ViT-B/16")
 
 
 def test_a_server_that_sends_too_much_is_cut_off(publish, tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "DOWNLOAD_LIMIT", 1000)
     server = publish(bytes(2000))
-    with pytest.raises(ConnectionError, match=f"cannot download .* from {server.url}: .*more than the 1000 bytes"):
+    with pytest.raises(ConnectionError, match=f"cannot download {server.url} to .*more than the 1000 bytes"):
         clip.load("ViT-B/16")
     assert cached(tmp_path) == []
 

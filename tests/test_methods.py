@@ -12,7 +12,7 @@ import data
 import evaluate
 import ood
 from extras import linear_probe as probe_command
-from harness import runs
+from harness import run_pictures, runs
 import sotglp
 from methods.zero_shot import template_features
 import train as script
@@ -302,7 +302,7 @@ def test_linear_probe_command_chooses_fits_and_writes_the_result_of_train(pictur
     facts = {"method": "linear_probe", "test_images": 7, "train_images": 9, "learned_parameters": 3 * 32 + 3,
              "c": 0.37, "seed": 4, "split_seed": 3, "class_names": ["red clay", "sea", "wood"]}
     assert result.items() >= facts.items() and result["config"]["seed"] == 4
-    assert result["data"] == {part: runs.digest(items, pictures)
+    assert result["data"] == {part: run_pictures.digest(items, pictures)
                               for part, items in (("training", train_set), ("test", load(*args)[2]))}
     assert "accuracy 85.71 %" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="holds a run already"):

@@ -10,7 +10,7 @@ import evaluate
 import ood
 from conftest import copy, read, train
 from extras import explore, linear_probe, visualize
-from harness import runs
+from harness import run_pictures, runs
 from harness.options import parse_args
 
 
@@ -105,7 +105,7 @@ def test_what_was_trained_on_another_system_does_not_count(stored, trained, pict
     run = copy(trained, tmp_path / "run", training=[stored("test/Fläche/0.png"), stored("test/wood/1.png")],
                class_names=[stored("Fläche"), "red clay", "wood"],
                config={**checkpoint["config"], "data_root": "D:\\photos"})
-    items, class_names = runs.unseen_pictures(run, runs.read_checkpoint(run), tmp_path / "photos")
+    items, class_names = run_pictures.unseen_pictures(run, runs.read_checkpoint(run), tmp_path / "photos")
     # 7 test pictures, two of which the run has seen
     assert len(items) == 5 and class_names == ["Fläche", "red clay", "wood"]
     assert "was trained on 2 of the 7 test pictures of today" in capsys.readouterr().out

@@ -20,7 +20,7 @@ import ood
 import sotglp
 from conftest import copy, random_clip, read, train
 from extras import tables
-from harness import configuration, predict, runs
+from harness import configuration, predict, run_pictures, runs
 from harness import options as train_options
 from methods import METHODS, OPTIONS
 from methods.zero_shot import ZeroShot
@@ -171,7 +171,7 @@ def test_a_run_does_not_go_on_with_pictures_of_other_labels(trained, tmp_path):
     items = [("a.png", 0, "sea"), ("b.png", 1, "wood")]
     names = [(path, 1 - label, name) for path, label, name in items]
     labels = [("b.png", 0, "sea"), ("a.png", 1, "wood")]
-    digests = [runs.digest(some, "/data") for some in (items, names, labels)]
+    digests = [run_pictures.digest(some, "/data") for some in (items, names, labels)]
     assert [count for count, _ in digests] == [2, 2, 2] and len({digest for _, digest in digests}) == 3
 
 
@@ -235,7 +235,7 @@ def test_an_evaluation_does_what_it_was_asked_and_says_so(split, on, amp, templa
         clip_model = argparse.Namespace(store_matrices=lambda dtype: asked.update(half=dtype))
         return argparse.Namespace(clip=clip_model)
 
-    monkeypatch.setattr(runs, "unseen_pictures", lambda *args: asked.update(pictures=args) or (items, NAMES))
+    monkeypatch.setattr(run_pictures, "unseen_pictures", lambda *args: asked.update(pictures=args) or (items, NAMES))
     monkeypatch.setattr(runs, "build", build)
     monkeypatch.setattr(evaluate, "test", test)
     config = {"amp": "bf16", "dataset": "folder", "template": TEMPLATE, "method": "coop", "model": "m.pt",
@@ -252,7 +252,7 @@ def test_an_evaluation_does_what_it_was_asked_and_says_so(split, on, amp, templa
                               "epoch": 7, "seed": 4, "shots": 2, "method": "coop", "dataset": "folder",
                               "tested_on": dataset}.items()
     assert result["calibration_error"] == pytest.approx(42.5)
-    assert result["data"] == {split: runs.digest(items, root or tmp_path)}
+    assert result["data"] == {split: run_pictures.digest(items, root or tmp_path)}
     head, first, second = (tmp_path / "all.csv").read_text().splitlines()
     assert head.startswith("path,label,class,predicted_label,predicted,fused,class_1,probability_1,")
     assert first.split(",")[1:6] == ["1", "sea", "1", "sea", "0.750000"]
