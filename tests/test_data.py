@@ -105,6 +105,13 @@ def test_too_few_images_are_an_error_with_class_count_and_shots():
         data.few_shot(SPLIT["train"], 7, 1)
 
 
+def test_the_smallest_class_is_named_wherever_it_stands():
+    items = [(f"{name}{i}.png", label, name)
+             for label, (name, count) in enumerate([("ant", 3), ("bee", 1), ("cat", 2)]) for i in range(count)]
+    with pytest.raises(ValueError, match="class 'bee' has 1 images, fewer than the 2 .*--shots 1 is the most"):
+        data.few_shot(items, 2, 1)
+
+
 def test_no_shots_means_all(eurosat):
     for shots in (None, 0):
         train, val, test, _ = data.load("eurosat", eurosat, shots, 1)

@@ -124,6 +124,12 @@ def test_a_process_that_was_just_killed_is_waited_for(tmp_path):
         assert time.time() - start > 0.4
 
 
+def test_a_lock_holds_the_number_of_its_process_and_no_older_one(tmp_path):
+    (tmp_path / "lock").write_text("987654321")
+    with places.lock(tmp_path):
+        assert (tmp_path / "lock").read_text() == str(os.getpid())
+
+
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     (tmp_path / "last.pt.tmp123").write_bytes(b"half")
     places.lock(tmp_path).close()
