@@ -7,8 +7,6 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
-import clip  # before torch: it bounds how long torch's threads wait
-
 import ood
 from extras import linear_probe
 from harness.configuration import configuration
