@@ -192,7 +192,8 @@ def twins(lists):
     for where, column in (("two parts", 0), ("two classes", 1)):
         pairs = [pair for pair in (unlike(group, column) for group in by_content.values()) if pair]
         if pairs:
-            lines.append(f"warning: {len(pairs)} pictures are in {where}, byte by byte, first {' and '.join(pairs[0])}")
+            more = f", and {len(pairs) - 1} more such pairs" if len(pairs) > 1 else ""
+            lines.append(f"warning: one picture, byte by byte, is in {where}: {' and '.join(pairs[0])}{more}")
     return lines
 
 

@@ -256,7 +256,7 @@ def test_the_same_picture_in_two_parts_or_two_classes_is_a_warning(tmp_path, cap
     with pytest.raises(SystemExit, match="^False$"):
         data.main(data.parse_args(["--dataset", "folder", "--data-root", str(tmp_path), "--check"]))
     assert capsys.readouterr().out.splitlines()[-3:] == [
-        f"warning: 1 pictures are in two parts, byte by byte, first {tmp_path}/train/cat/a.png and "
+        f"warning: one picture, byte by byte, is in two parts: {tmp_path}/train/cat/a.png and "
         f"{tmp_path}/test/cat/e.png",
-        f"warning: 1 pictures are in two classes, byte by byte, first {tmp_path}/train/cat/a.png and "
+        f"warning: one picture, byte by byte, is in two classes: {tmp_path}/train/cat/a.png and "
         f"{tmp_path}/train/dog/f.png", "all as expected"]
