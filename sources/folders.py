@@ -1,7 +1,6 @@
 """A folder for each class: one's own pictures, and ImageNet with its variants."""
 
 import collections
-import itertools
 import os
 import random
 import re
@@ -30,15 +29,10 @@ def layout(root):
     """
     classes = own_names(root) or {}
     folders = [name for name in folders_in(root) if normal(name) not in classes]
-    named = collections.defaultdict(lambda: collections.defaultdict(list))     # {start and end: {part: folders}}
-    for name in folders:
-        match = PART_NAME.fullmatch(normal(name).lower())
-        if match:
-            named[match["start"], match["end"]][PART_OF[match["word"]]].append(name)
-
-    split = max(named.values(), key=len, default={})
+    split = split_of(folders)
     if len(split) < 2:
-        check_alone(root, folders, named.get((None, None), {}))
+        check_alone(root, folders)
+        check_inside(root, folders)
         return {"train": root}
 
     for part, names in split.items():
@@ -54,13 +48,32 @@ def layout(root):
     return {part: innermost(f"{root}/{parts[part]}") for part in PARTS if part in parts}
 
 
-def check_alone(root, folders, parts):
+def split_of(folders):
+    """The names among these that are parts of one split, {part: names}; one part alone is none."""
+    named = collections.defaultdict(lambda: collections.defaultdict(list))     # {start and end: {part: names}}
+    for name in folders:
+        match = PART_NAME.fullmatch(normal(name).lower())
+        if match:
+            named[match["start"], match["end"]][PART_OF[match["word"]]].append(name)
+    return max(named.values(), key=len, default={})
+
+
+def check_inside(root, folders):
+    """Raises ValueError where each class folder has the parts in it."""
+    inside = [split_of(folders_in(f"{root}/{name}")) for name in folders]
+    if len(folders) > 1 and min(map(len, inside)) > 1:     # why two: of one, the root is a level too high
+        part = next(iter(inside[0].values()))[0]
+        raise ValueError(f"{root} has the parts in the class folders: put {part}/{folders[0]} in place of "
+                         f"{folders[0]}/{part}, and so on")
+
+
+def check_alone(root, folders):
     """Raises ValueError where one folder has the name of a part, is built like a part and stands beside classes.
 
     It is a class where it has pictures of its own, or a single folder of them, or where two other classes have folders
     of the same names. why: a part has a folder for each class, and these have other names in each class.
     """
-    for name in itertools.chain(*parts.values()):
+    for name in (folder for folder in folders if normal(folder).lower() in PART_OF):
         beside = [other for other in folders if other != name]
         inside = folders_in(f"{root}/{name}")
         alike = [other for other in beside if {*inside} & {*folders_in(f"{root}/{other}")}]

@@ -68,6 +68,22 @@ def test_parts_that_say_nothing_clear_are_refused(names, message, tmp_path):
         data.load("folder", tmp_path, 0, 1)
 
 
+def test_parts_in_the_class_folders_are_refused(tmp_path):
+    touch(tmp_path, *(f"{name}/{part}/1.jpg" for name in ("cat", "dog") for part in ("Train", "test")))
+    with pytest.raises(ValueError, match="has the parts in the class folders: put (Train/cat in place of cat/Train|"
+                                         "test/cat in place of cat/test), and so on"):
+        data.load("folder", tmp_path, 0, 1)
+    touch(tmp_path, "bird/1.jpg", "bird/2.jpg")          # a class without them: then they are folders like others
+    assert data.load("folder", tmp_path, 0, 1)[3] == ["bird", "cat", "dog"]
+
+
+def test_a_root_one_level_too_high_is_told_so(tmp_path):
+    part(tmp_path / "export", "train")
+    part(tmp_path / "export", "valid")
+    with pytest.raises(ValueError, match="one class folder, 'export', .* one level too high"):
+        data.load("folder", tmp_path, 0, 1)
+
+
 def test_flat_parts_are_no_classes(tmp_path):
     touch(tmp_path, *(f"{name}/{i}.jpg" for name in ("train", "test") for i in range(3)))
     with pytest.raises(ValueError, match="train is flat: 3 pictures and no class folder"):
