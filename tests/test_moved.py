@@ -9,7 +9,7 @@ import torch
 import evaluate
 import ood
 from conftest import copy, read, train
-from extras import explore, linear_probe, visualize
+from extras import explore, visualize
 from harness import run_pictures, runs
 from harness.options import parse_args
 
@@ -74,23 +74,6 @@ def test_two_runs_may_have_the_same_weights_in_two_places(trained, tmp_path):
     named = {**other, "config": {**other["config"], "model": "ViT-B/16"}}
     with pytest.raises(ValueError, match="model was .*random.pt, is ViT-B/16"):
         runs.check_kind("a", checkpoint, "b", named)
-
-
-def test_the_activation_of_a_file_can_be_named_for_ood_and_the_linear_probe(clip_file, pictures, tmp_path, monkeypatch):
-    loaded = []
-    load = evaluate.clip.load
-    monkeypatch.setattr(evaluate.clip, "load", lambda *args: loaded.append(args[2]) or load(*args))
-    options = ["--dataset", "folder", "--data-root", str(pictures), "--model", str(clip_file), "--device", "cpu",
-               "--activation", "gelu"]
-    ood.main(ood.parse_args(["--zero-shot", *options, "--ood-root", f"x={pictures}/test/sea"]))
-    linear_probe.main(linear_probe.parse_args([*options, "--shots", "2", "--output-dir", str(tmp_path / "probe")]))
-    assert loaded == ["gelu", "gelu"] and read_config(tmp_path / "probe")["activation"] == "gelu"
-    with pytest.raises(SystemExit):
-        ood.parse_args(["RUN", "--activation", "gelu"])
-
-
-def read_config(folder):
-    return runs.read_result(folder)["config"]
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------

@@ -556,7 +556,8 @@ def test_what_is_missing_is_one_error(world, tmp_path):
     (("RUN", "--local-weight", "inf"), "finite, got 1.0 and inf"),
     *[(("RUN", "--ood-root", text), "takes NAME=DIR") for text in ("grey", "grey=", "=DIR", "ID=x", "mean=x")],
     (("RUN", "--ood-root", "a=x", "--ood-root", "a=y"), "every NAME another one"),
-    (("RUN", "--dataset", "mnist"), "invalid choice: 'mnist'")])
+    (("RUN", "--dataset", "mnist"), "invalid choice: 'mnist'"),
+    (("RUN", "--activation", "gelu"), "--activation are for --zero-shot: a RUN has its own")])
 def test_options_that_make_no_sense_are_refused(arguments, complaint, capsys):
     with pytest.raises(SystemExit) as stop:
         ood.parse_args([*arguments])

@@ -10,7 +10,7 @@ import clip
 import ood
 from harness import runs
 import train as script
-from conftest import copy, read, train
+from conftest import read, train
 from clip.prompts import tokenize_names
 from methods import METHODS, OPTIONS
 from methods.released import local_mean_logits
@@ -121,13 +121,6 @@ def test_underscores_become_spaces_but_in_the_release(method, name, clip_model):
     assert clip.tokenize("annual_crop")[0].argmax() == clip.tokenize("annual crop")[0].argmax() + 1
 
 
-def test_the_local_score_is_divided_by_the_number_of_prompts(clip_model):
-    model = released(clip_model, n_local=3, n_support=6, epsilon=0.3, n_iters=2)
-    patches, text = unit(torch.randn(2, 16, 32)), unit(torch.randn(3, 3, 32))
-    paper, _ = local_logits(patches, text, model.scale, 6, 0.3, 2)
-    torch.testing.assert_close(model.local(patches, text), paper / 3)
-
-
 def test_independent_prompts_keep_their_own_patches_by_hand(clip_model):
     # One class. Cosines of three patches: with prompt one 0.8, 0.6, 0, with prompt two 0.6, 0, 1. K = 2:
     # (0.8 + 0.6) / 2 = 0.7 and (1 + 0.6) / 2 = 0.8, their mean 0.75
@@ -148,10 +141,3 @@ def test_a_released_run_says_so_and_is_scored_at_its_temperature(options, tmp_pa
     for given, temperature in (((), "1000"), (("--temperature", "2"), "2")):
         ood.main(ood.parse_args([str(run), "--ood-root", f"own={pictures}/test/sea", "--device", "cpu", *given]))
         assert f"temperature {temperature}," in capsys.readouterr().out
-
-
-def test_dense_transport_keeps_all_patches(clip_model):
-    model = METHODS["dense"](clip_model, NAMES)
-    assert model.n_support == 16
-    patches, text = unit(torch.randn(2, 16, 32)), unit(torch.randn(3, 4, 32))
-    torch.testing.assert_close(model.local(patches, text), local_logits(patches, text, model.scale, 16)[0])
