@@ -272,6 +272,8 @@ def train_loader(pictures, batches, workers=0, device="cpu"):
     """Batches of tensors. Workers live as long as the iterator; the indices tell them the epoch."""
     if workers < 0:
         raise ValueError(f"--workers must not be negative, got {workers}")
+    if workers:
+        torch.multiprocessing.Lock()     # why: where shared memory is full this fails in one line, the loader in many
     return DataLoader(pictures, batch_sampler=batches, collate_fn=pictures.collate, num_workers=workers,
                       pin_memory=torch.device(device).type == "cuda", worker_init_fn=end_with_parent,
                       generator=torch.Generator())     # why: otherwise an iterator draws from the global generator

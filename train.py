@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import evaluate
 from harness import machine, places, run_pictures, runs
-from harness.agreement import check_agreement, facts
+from harness.agreement import check_agreement, facts, together
 from harness.cached_features import CachedFeatures
 from harness.checkpoints import resume, save_checkpoint, start_from, write_log
 from harness.configuration import check_args, configuration
@@ -307,18 +307,15 @@ def train(args):
     """Set up, train epoch by epoch, test once."""
     _, world = machine.rank_and_world()
     check_args(args, world)
-    rank, world, device = machine.start_processes(args)
-    run = set_up(args, rank, world, device)
-
-    with places.lock(run.folder) if rank == 0 else contextlib.nullcontext():
-        begin(run)
-        if run.epochs_done < args.epochs or not (run.folder / "result.json").exists():
-            train_and_test(run)
-        elif rank == 0:
-            print(f"{run.folder} is finished\n{evaluate.accuracies_line(runs.read_result(run.folder))}")
-
-    if world > 1:
-        dist.destroy_process_group()
+    with together():
+        rank, world, device = machine.start_processes(args)
+        run = set_up(args, rank, world, device)
+        with places.lock(run.folder) if rank == 0 else contextlib.nullcontext():
+            begin(run)
+            if run.epochs_done < args.epochs or not (run.folder / "result.json").exists():
+                train_and_test(run)
+            elif rank == 0:
+                print(f"{run.folder} is finished\n{evaluate.accuracies_line(runs.read_result(run.folder))}")
 
 
 def train_and_test(run):

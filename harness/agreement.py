@@ -1,5 +1,6 @@
 """All processes of a run train the same thing, or none does."""
 
+import contextlib
 import hashlib
 
 import torch.distributed as dist
@@ -8,6 +9,20 @@ from harness import runs
 
 # Options that may be others on another machine; files are compared by what was read of them.
 MAY_DIFFER = (runs.IGNORED_WHEN_COMPARING - {"amp"}) | {"model", "start_from"}
+
+
+@contextlib.contextmanager
+def together():
+    """Around what the processes of a run do. They part in the end, also where it fails."""
+    try:
+        yield
+    except BaseException:
+        # why: gloo's threads would abort the program; why not NCCL's: it would wait for processes that are gone
+        if dist.is_initialized() and dist.get_backend() == "gloo":
+            dist.destroy_process_group()
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def facts(fingerprint, learned, epochs_done):
