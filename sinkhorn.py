@@ -2,11 +2,12 @@
 
     plan = argmin <plan, cost> - epsilon H(plan)   subject to   plan 1 = a,   plan^T 1 = b
 
-H(plan) = -sum_kl plan_kl (log plan_kl - 1) is the entropy. It is large where the mass is spread evenly, so a
-large epsilon gives an even plan and a small one a sparse plan. The solution is exp(-cost / epsilon), each row
-and each column multiplied by a factor. Sinkhorn's iteration (Cuturi, 2013) scales the rows so that they sum
-to a, then the columns so that they sum to b, and repeats. It works on the logarithms, the `score`: exp(-cost
-/ epsilon) itself becomes 0 for a small epsilon, and then no factor can repair the sums.
+H(plan) = -sum_uv plan_uv (log plan_uv - 1) is the entropy, u being a row and v a column. It is large where
+the mass is spread evenly, so a large epsilon gives an even plan and a small one a sparse plan. The solution
+is exp(-cost / epsilon), each row and each column multiplied by a factor. Sinkhorn's iteration (Cuturi, 2013)
+scales the rows so that they sum to a, then the columns so that they sum to b, and repeats. It works on the
+logarithm of the plan, `log_plan`: exp(-cost / epsilon) becomes 0 for a small epsilon, and no factor can
+repair that.
 
 Letters:  K kept patches (rows)   L local prompts (columns)   ... any number of problems, solved at once
           cost, plan: the paper's C and T   a, b: its marginals   epsilon: the entropy weight
@@ -14,7 +15,7 @@ Letters:  K kept patches (rows)   L local prompts (columns)   ... any number of 
 
 import math
 
-from clip.precision import in_float32  # before torch: clip bounds how long torch's threads wait
+from clip.precision import in_float32  # before torch: clip/__init__.py sets a variable that torch reads once
 
 import torch
 
@@ -33,19 +34,20 @@ def sinkhorn(cost, a=None, b=None, epsilon=0.1, n_iters=20):
     """
     if not (epsilon > 0 and n_iters >= 1):
         raise ValueError(f"sinkhorn needs epsilon > 0 and n_iters >= 1, got {epsilon=}, {n_iters=}")
-    cost = cost if cost.is_floating_point() else cost.float()
+    if not cost.is_floating_point():    # why: `in_float32` raises half precision only
+        cost = cost.float()
     _check(cost, a, b)
 
     *problems, K, L = cost.shape
-    score = (-cost / epsilon).clamp(min=NOTHING)                                   # (..., K, L)
+    log_plan = (-cost / epsilon).clamp(min=NOTHING)                                # (..., K, L)
     # why: with the problems in the last, contiguous dimension each step reads whole rows of memory
-    score = score.movedim((-2, -1), (0, 1)).contiguous()                           # (K, L, ...)
+    log_plan = log_plan.movedim((-2, -1), (0, 1)).contiguous()                     # (K, L, ...)
     log_a = _log_marginal(a, K, problems, cost)[:, None]                           # (K, 1, ...)
     log_b = _log_marginal(b, L, problems, cost)                                    # (L, ...)
     for _ in range(n_iters):
-        score = score.log_softmax(dim=1) + log_a                                   # rows sum to a
-        score = score.log_softmax(dim=0) + log_b                                   # columns sum to b
-    return score.exp().movedim((0, 1), (-2, -1))                                   # (..., K, L)
+        log_plan = log_plan.log_softmax(dim=1) + log_a                             # rows sum to a
+        log_plan = log_plan.log_softmax(dim=0) + log_b                             # columns sum to b
+    return log_plan.exp().movedim((0, 1), (-2, -1))                                # (..., K, L)
 
 
 def _log_marginal(weights, count, problems, cost):
@@ -64,7 +66,7 @@ def _check(cost, a, b):
             found = weights.shape[-1]
             raise ValueError(f"marginal {name} has {found} entries, the cost matrix asks for {count}")
 
-    # why not in a training step on a GPU: to ask for a value is to wait until it has done all its work
+    # why not for uniform marginals on a GPU: reading a value makes the host wait for it in every step
     is_asked = cost.device.type == "cpu" or a is not None or b is not None
     if is_asked and not torch.compiler.is_compiling():
         a = cost.new_ones(cost.shape[-2]) / cost.shape[-2] if a is None else a

@@ -32,7 +32,9 @@ FEW_CLASSES = 100    # up to here a GPU encodes all prompts in one pass
 def project(tokens, proj, local_projection=None):
     """Tokens of the image tower as unit vectors of the joint space: (..., W) -> (..., D).  Eq. 3"""
     if local_projection is not None:
-        # Eq. 3: Z_local = Z W_local-proj, then CLIP's projection. why the two matrices first: it is cheaper
+        # Eq. 3: Z_local = Z W_local-proj
+        # differs: Eq. 3 stops there; CLIP's projection follows, because texts are D wide
+        # why the product of the matrices first: it is cheaper
         proj = local_projection @ proj                                             # (W, D)
     return unit(to_joint_space(tokens, proj))
 
@@ -122,15 +124,16 @@ def sparse_transport(similarity, n_support=10, epsilon=0.1, n_iters=20, plan_gra
     cost = 1 - kept                                                # Sec. 3.4: C_uv = 1 - sim_uv
     if not plan_gradient:
         cost = cost.detach()
-    return kept, sinkhorn(cost, epsilon=epsilon, n_iters=n_iters), patch_ids
+    plan = sinkhorn(cost, epsilon=epsilon, n_iters=n_iters)                        # Eq. 9, (B, C, K, L)
+    return kept, plan, patch_ids
 
 
 @in_float32
 def local_logits(patches, text, scale, n_support=10, epsilon=0.1, n_iters=20, plan_gradient=True):
     """Transport-weighted similarity of the kept patches to a class's local prompts, times 1/tau.  Eq. 7-11
 
-    patches (B, P, D), text (C, L, D) -> logits (B, C), plan (B, C, K, L); `sparse_transport` tells which patches
-    its rows are. plan_gradient=False holds the plan constant in the backward pass, as the released code does.
+    patches (B, P, D), text (C, L, D) -> logits (B, C), plan (B, C, K, L); `sparse_transport` tells which
+    patches its rows are. plan_gradient=False holds the plan constant in the backward pass, as the released code does.
     """
     similarity = patch_similarity(patches, text)                                   # (B, C, P, L)
     kept, plan, _ = sparse_transport(similarity, n_support, epsilon, n_iters, plan_gradient)
@@ -182,7 +185,7 @@ class Method(nn.Module):
     stream = "vv"              # which patch tokens of a frozen tower the method reads
     text_names = ("global",)   # what the text features are that `encode_prompts` gives, one after the other
     ood_temperature = 1.0      # of the softmax in ood.py
-    has_plan = False           # whether its local score comes from a transport plan, which is then logged and drawn
+    has_plan = False           # whether its local score comes from a transport plan: then that is drawn
 
     def __init__(self, clip_model, class_names, **text_options):
         super().__init__()
@@ -214,15 +217,15 @@ class Method(nn.Module):
         """
         if isinstance(images, tuple) or not self.frozen_tower:
             return images
-        with torch.no_grad():   # what is learned comes behind the tower
+        with torch.no_grad():   # what is learned comes after the tower
             return self.clip.encode_patches(images, self.stream)
 
     def word_vectors(self, words):
         """The token vectors of some words, to start a prompt from: (M, W)."""
         tokens = clip.tokenize(words)[0]
-        words = tokens[1 : tokens.argmax()]                                        # without [SOS] and [EOT]
-        words = words.to(self.clip.logit_scale.device, non_blocking=True)
-        return self.clip.token_embedding(words)
+        ids = tokens[1 : tokens.argmax()]                                          # without [SOS] and [EOT]
+        ids = ids.to(self.clip.logit_scale.device, non_blocking=True)
+        return self.clip.token_embedding(ids)
 
     def encode(self, prompts, suffix="", deep=None, raw=False):
         """Prompts with the names of all classes -> unit (C, N, D), or raw, see `ClassTexts`.  Eq. 1"""
@@ -267,11 +270,11 @@ class Method(nn.Module):
 
 
 class SOTGLP(Method):
-    """The prompts that are learned for a frozen CLIP, and the learned map on its patch features.
+    """The prompts that are learned for a frozen CLIP, and the learned local projection of its patches.
 
-    clip_model: a `clip.CLIP`; class_names: C strings, in the order of their labels. The options are the
-    paper's. Raises ValueError for a class name that is too long for the text tower, and for more kept patches
-    than the image tower has.
+    clip_model: a `clip.CLIP`; class_names: C strings, in the order of their labels. Defaults: Sec. 4
+    and 5; epsilon, n_iters and prompt_dropout are not in the paper (PAPER.md, decisions 4 and 6). Raises
+    ValueError for a class name that is too long for the text tower, and for more kept patches than there are.
     """
 
     text_names = ("global", "local")
@@ -290,8 +293,8 @@ class SOTGLP(Method):
         self.class_specific = class_specific
         self.plan_gradient = plan_gradient
         self.stream = "vv" if vv_attention else "qk"
-        # why: on a GPU so few texts take less time than it takes to launch their kernels, of which one pass for
-        # both kinds of prompts needs half; on a CPU the global prompts are cheaper in a pass of their own
+        # why: with few classes a GPU mostly waits for kernel launches, and one pass for both kinds of prompts
+        # launches half as many; on a CPU two passes are cheaper, since `encode_shared` saves work
         device = clip_model.logit_scale.device
         self.in_one_pass = device.type == "cuda" and len(self.class_names) <= FEW_CLASSES
 
@@ -303,15 +306,12 @@ class SOTGLP(Method):
 
         self.global_prompts = nn.Parameter(template.repeat(n_global, 1, 1))        # (G, M, W)
 
-        # differs: the paper does not say how local prompts start; this is the released scale, U(-bound,
-        # bound)
-        classes = len(self.class_names) if class_specific else 1
-        bound = (6 / ((classes + n_local) * M * W)) ** 0.5
-        local = torch.empty(classes, n_local, M, W).uniform_(-bound, bound)        # (C, L, M, W)
-        # or (L, M, W), for all classes
-        self.local_prompts = nn.Parameter(local if class_specific else local[0])
+        # differs: the paper does not say how local prompts start; the released code takes Xavier's uniform
+        C = len(self.class_names) if class_specific else 1
+        local = nn.init.xavier_uniform_(torch.empty(C, n_local, M, W))             # (C, L, M, W)
+        self.local_prompts = nn.Parameter(local if class_specific else local[0])   # or (L, M, W), for all
 
-        # Eq. 3: starts as the identity, so that training starts from CLIP's own patch features
+        # differs: the paper does not say how it starts; the identity, as released, is CLIP's own patches
         width = clip_model.visual.proj.shape[0]
         self.local_projection = nn.Parameter(torch.eye(width), requires_grad=local_projection)     # (W, W)
         self.to(device)
@@ -369,8 +369,7 @@ class SOTGLP(Method):
     def loss(self, outputs, labels, n_batch):
         """These images' part of the objective of n_batch images, and of its two terms.  Sec. 3.5"""
         global_loss, local_loss = (cross_entropy(logits, labels, n_batch) for logits in outputs)
-        # `objective`, of which the log shows the terms; it weighs the losses as `fuse` weighs the scores
-        loss = fuse(global_loss, local_loss, self.lambda_local)
+        loss = global_loss + self.lambda_local * local_loss        # `objective`; the log has its terms
         return loss, {"global": global_loss.detach(), "local": local_loss.detach()}
 
     def logits(self, outputs):
@@ -422,7 +421,7 @@ def specialisation(patches, text, labels, n_support=10, epsilon=0.1, n_iters=20)
     plan = plan[images, labels]                                                  # (B, K, L), of the own class
     similarity = similarity[images, labels]                                        # (B, P, L)
     text = text[labels]                                                            # (B, L, D)
-    # why 2: one cell has no entropy
+    # why 2: log(1) = 0, and one cell has no entropy
     entropy = torch.special.entr(plan).sum(dim=(-2, -1)) / math.log(max(2, K * L))
 
     n_best = min(3, similarity.shape[1])

@@ -2,7 +2,7 @@
 
     python train.py                                             the embedded default: tiny CLIP, drawings
     python train.py --dataset eurosat --data-root DIR           one GPU (or CPU), CLIP ViT-B/16
-    torchrun --nproc_per_node=4 train.py --dataset eurosat      four GPUs, the same result
+    torchrun --nproc_per_node=4 train.py --dataset eurosat      four GPUs, the same batches
     python train.py --method coop                               another method; its --help lists its options
     python train.py --resume runs/eurosat-16shot-seed1          go on after an interruption
 
@@ -47,7 +47,7 @@ from methods.zero_shot import ZeroShot
 
 @dataclass
 class Run:
-    """What belongs to a run."""
+    """One run on one process: options, pictures, model, optimizer and log."""
     args: argparse.Namespace
     rank: int
     world: int
@@ -118,7 +118,7 @@ def begin(run):
     """Restores the run with --resume. Raises ValueError where the processes would not train the same."""
     args = run.args
     if run.rank == 0:
-        # why again: another process had the folder till now
+        # why again: another process may have had the folder until now
         runs.check_free(run.folder, run.fingerprint["config"], args.resume, args.overwrite)
     if args.resume and (run.folder / "last.pt").exists():
         resume(run)
@@ -134,11 +134,11 @@ def begin(run):
 def make_optimizer(model, args, device):
     """SGD on all that is learned, and the scaler of its loss in fp16."""
     learned = [p for p in model.parameters() if p.requires_grad]
-    # why fused on a GPU: it skips a step of overflown gradients by itself; else the host would wait to know
+    # why fused on a GPU: it skips a step of overflowed gradients by itself; else the host would wait to know
     # of them
     optimizer = torch.optim.SGD(learned, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay,
                                 fused=device.type == "cuda")
-    # why: the fused one leaves the momentum as the memory happens to be where it skips the very first step
+    # why: where the fused optimizer skips its first step, it leaves the momentum uninitialised
     for parameter in learned:
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer, torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -161,6 +161,7 @@ def learning_rate(epoch, args):
     """Linear warm-up, then cosine to 0.  Sec. 4
 
     epoch: a number with a fraction, in [0, epochs). why per step: a run of one epoch sees the whole schedule.
+    differs: Sec. 4 does not say that the warm-up is linear, that the cosine ends at 0, or how often it changes.
     """
     if epoch < args.warmup_epochs:
         return args.lr * epoch / args.warmup_epochs
@@ -203,7 +204,7 @@ def train_epoch(run, network, batches, epoch):
         run.optimizer.zero_grad(set_to_none=True)
         run.scaler.scale(loss * run.world).backward()
         if run.scaler.is_enabled():
-            skipped = skipped + overflown(run.optimizer)
+            skipped = skipped + overflowed(run.optimizer)
         run.scaler.step(run.optimizer)
         run.scaler.update()
 
@@ -223,13 +224,13 @@ def to_device(tensor, device):
 
 @torch.no_grad()
 def batch_sums(model, outputs, labels, losses, n_batch):
-    """Sums over the images of a step: each loss, then how many images are right, then how many."""
+    """Sums over the images of a step: each loss, the number of right predictions, the number of images."""
     n_correct = (model.logits(outputs).argmax(dim=1) == labels).sum()
     losses = [loss.detach() * n_batch for loss in losses.values()]
     return torch.stack([*losses, n_correct, torch.ones_like(labels).sum()])
 
 
-def overflown(optimizer):
+def overflowed(optimizer):
     """1 where a gradient is not finite, so that the scaler will skip the step, else 0; on the device."""
     gradients = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
     return 1 - torch.stack([gradient.isfinite().all() for gradient in gradients]).all().long()
@@ -275,7 +276,7 @@ def diagnose(run, images, labels):
 
 
 def finish_epoch(run, epoch, fields):
-    """last.pt, the log, then a line on the screen. Raises ValueError on an infinite number."""
+    """last.pt, the log, then a line on the screen. Raises ValueError for a number that is not finite."""
     fields = {"epoch": epoch + 1, **fields}
     losses = [name for name in fields if name.endswith("_loss")]
     terms = ", ".join(f"{name.removesuffix('_loss')} {fields[name]:.4f}" for name in losses)

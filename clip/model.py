@@ -79,7 +79,9 @@ class Block(nn.Module):
         """
         q, k, v = self.attn.to_qkv(self.ln_1(x))
 
-        # Eq. 2: Z_l = Z_{l-1} + Proj(softmax(V V^T / sqrt(d)) V), d being the width of one head
+        # Eq. 2: Z_l = Z_{l-1} + Proj(softmax(V V^T / sqrt(d)) V)
+        # differs: Eq. 2 has one softmax, CLIP's attention has one per head, d being the width of a head; Eq. 2
+        # does not say whose V it is, here it is that of x (PAPER.md, decision 1)
         z = z + self.attn.merge(F.scaled_dot_product_attention(v, v, v))
 
         x = x + self.attn.merge(F.scaled_dot_product_attention(q, k, v))
@@ -115,7 +117,7 @@ class Transformer(nn.Module):
             if i < len(prompts):
                 new = prompts[i].expand(len(x), -1, -1)                            # (B, n, W)
                 x = torch.cat([x[:, :start], new, x[:, start + new.shape[1]:]], dim=1)
-        return forward_one(last, x, position, causal)          # last(x, causal), of which one token is read
+        return forward_one(last, x, position, causal)          # = last(x, causal) at `position`
 
 
 class VisionTransformer(nn.Module):
@@ -135,7 +137,7 @@ class VisionTransformer(nn.Module):
     def embed(self, images, prompts=None):
         """Images -> Z_0, the tokens that both streams start from: (B, 3, R, R) -> (B, 1+P, W).
 
-        prompts (n, W): more tokens behind the patches, without a place of their own.
+        prompts (n, W): more tokens behind the patches, without position embeddings.
         """
         patches = self.conv1(images).flatten(2).transpose(1, 2)                    # (B, P, W)
         cls = self.class_embedding.expand(len(images), 1, -1)
@@ -164,7 +166,7 @@ class VisionTransformer(nn.Module):
         *blocks, last = self.transformer.resblocks
         for block in blocks:
             x, z = block.forward_dual(x, z)
-        return forward_dual_last(last, x, z)                  # last.forward_dual(x, z), of which this is read
+        return forward_dual_last(last, x, z)                  # = last.forward_dual(x, z): CLS of x, patches of z
 
     def own_stream(self, images, stream):
         """CLS (B, W), patches (B, P, W) of CLIP's own stream; "value": no attention in the last block."""

@@ -10,8 +10,7 @@ def in_float32(function):
     """Computes `function` in float32 at least, also when it is called under autocast or with half inputs.
 
     why: half precision keeps 8 to 11 bits. That is too few for cosines that differ in the third digit and are
-    then divided by epsilon or tau. Autocast on a CPU would compute logsumexp and softmax in half precision
-    too.
+    then divided by epsilon or tau. Autocast on a CPU would compute softmax in half precision too.
     """
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
@@ -31,7 +30,7 @@ def _at_least_float32(value):
 
 @in_float32
 def to_joint_space(tokens, proj):
-    """Tokens behind a tower's last norm, in the space that both towers share: (..., W) -> (..., D)."""
+    """Tokens after a tower's last norm, mapped to the space of both towers: (..., W) -> (..., D)."""
     return tokens @ proj
 
 

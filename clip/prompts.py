@@ -3,7 +3,7 @@
 `encode_own` is Eq. 1 as it stands in the paper. `encode_shared` gives the same for prompts that all classes
 share, with less work. What serves many classes (chunks) and many processes (shares) stands below the two.
 
-Letters:  C classes, c of them at once   N prompts of any kind   M tokens per prompt   S tokens of a name
+Letters:  C classes, c of them at once   N prompts of any kind   M tokens per prompt   S tokens of [SOS] name [EOT]
           D joint embedding width   W width of the text tower
 """
 
@@ -25,8 +25,7 @@ class ClassTexts:
 
     clip_model: a `clip.CLIP`; class_names: C strings, in the order of their labels. text_chunk: classes that
     go through the text tower at once; checkpoint_text: compute the activations again in the backward pass
-    instead of keeping them; ranks: (rank, world) of the processes that share the work. keep_underscores: they
-    become spaces otherwise.
+    instead of keeping them; ranks: (rank, world) of the processes that share the work.
     """
 
     def __init__(self, clip_model, class_names, text_chunk=200, checkpoint_text=False, ranks=(0, 1)):
@@ -66,7 +65,7 @@ class ClassTexts:
         if self.ranks[1] > 1:
             # (C, N, D), still sorted by length
             features = gather_shares(features, len(self.class_names), *self.ranks)
-        return features[order.argsort()]
+        return features[order.argsort()]        # in the order of the labels
 
     def encode_own(self, prompts, tokens, eot, deep=None):
         """Prompts (c, N, M, W), [SOS] name [EOT] (c, S) of some classes -> raw (c, N, D).  Eq. 1"""
