@@ -245,10 +245,10 @@ def test_the_least_setting_that_can_work_is_taken(name, least, model):
 
 
 def test_one_bad_number_in_a_log_is_enough(tmp_path):
-    lines = ['{"epoch": %d, "loss": 3.0}\n' % epoch for epoch in (1, 2, 3)]
+    lines = ['{"epoch": %d, "loss": 3.0, "seconds": 1.0}\n' % epoch for epoch in (1, 2, 3)]
     (tmp_path / "log.jsonl").write_text("".join(lines))
     assert len(visualize.read_curves(tmp_path)) == 3
-    lines[1] = '{"epoch": 2, "loss": Infinity}\n'
+    lines[1] = lines[1].replace("3.0", "Infinity")
     (tmp_path / "log.jsonl").write_text("".join(lines))
     with pytest.raises(ValueError, match="log.jsonl is damaged"):
         visualize.read_curves(tmp_path)

@@ -413,6 +413,7 @@ def test_resume_refuses_a_checkpoint_of_something_else(name, value, complaint, t
     (("--held-out", 0.5), "--held-out is for class folders alone, but .* has train and test"),
     (("--held-out", 1), "--held-out must lie between 0 and 1, got 1.0"),
     (("--shots", 0, "--test-split", "val"), "there are no validation pictures: all are trained on"),
+    (("--template", "word " * 80 + "{}"), "does not fit with the template"),
     *(((f"--{name}", 0), f"--{name} must be at least 1, got 0") for name in
       ("epochs", "n-global", "n-local", "n-support", "n-iters", "text-chunk"))])
 def test_options_that_cannot_work_end_in_one_line_and_leave_nothing(options, tmp_path, option, complaint):
