@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from clip.precision import unit
-from extras import visualize
+from extras import looking
 from methods import cocoop
 from methods.cocoop import CoCoOp
 from methods.coop import CoOp
@@ -138,7 +138,7 @@ def test_patches_are_compared_with_the_texts_of_their_image(model):
 
 def test_a_map_of_patches_shows_the_texts_of_the_picture(model):
     batch = images()
-    found = visualize.patch_cosines(model, batch[1:2], model.encode_prompts(), 2)
+    found = looking.patch_cosines(model, batch[1:2], model.encode_prompts(), 2)
     torch.testing.assert_close(found[:, 0], model.cosines(batch, None)[1][1, :, 2], atol=1e-5, rtol=1e-4)
 
 

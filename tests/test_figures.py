@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 import data
 from conftest import random_clip
-from extras import visualize
+from extras import panels, visualize
 from harness import runs
 from sotglp import SOTGLP, sparse_transport
 
@@ -64,22 +64,22 @@ def texts_of(model):
     (-1, 3, 2, ["-1.00", "0.00", "1.00", "2.00", "3.00"]), (0, 4, 0, ["0", "1", "2", "3", "4"]),
     (0.1, 0.3, 2, ["0.10", "0.15", "0.20", "0.25", "0.30"])])
 def test_a_scale_has_five_numbers_from_low_to_high(low, high, digits, numbers, drawn):
-    visualize.scale_bar(visualize.HEAT, low, high, width=461, digits=digits)
+    panels.scale_bar(panels.HEAT, low, high, width=461, digits=digits)
     # the strip lies at x = 30 to 431, so that its quarters are 100 pixels wide
     assert [(x, text) for x, _, text in drawn] == [*zip((30, 130, 230, 330, 430), numbers)]
 
 
 @pytest.mark.parametrize("share, percent", [(0.375, "37.5%"), (0.999, "99.9%"), (0.0004, "0.0%")])
 def test_a_bar_is_as_long_as_its_percentage(share, percent, drawn):
-    panel = visualize.bar(share)
-    row = [panel.getpixel((x, 8)) for x in range(visualize.WIDE - 70)]
+    panel = panels.bar(share)
+    row = [panel.getpixel((x, 8)) for x in range(panels.WIDE - 70)]
     assert words(drawn) == [percent]
-    assert row.count(visualize.INK) == pytest.approx(share * (448 - 70), abs=1)
-    assert set(row[row.count(visualize.INK):]) <= {(230, 230, 234)}
+    assert row.count(panels.INK) == pytest.approx(share * (448 - 70), abs=1)
+    assert set(row[row.count(panels.INK):]) <= {(230, 230, 234)}
 
 
 def test_a_chart_has_the_numbers_of_its_ticks_and_epochs(drawn):
-    visualize.chart({("A", (200, 0, 0)): [(1, 1.0), (6, 3.5)], ("B", (0, 0, 200)): [(2, 0.5)]})
+    panels.chart({("A", (200, 0, 0)): [(1, 1.0), (6, 3.5)], ("B", (0, 0, 200)): [(2, 0.5)]})
     # 0 to 4 from y = 440 up to 20, in a panel of twice the size; epochs 0, half, and the last of all curves
     height = [440, 335, 230, 125, 20]
     assert [(y, text) for _, y, text in drawn[:5]] == [*zip(height, "01234")]
@@ -91,7 +91,7 @@ def test_a_chart_has_the_numbers_of_its_ticks_and_epochs(drawn):
 
 def test_curves_name_each_run_with_its_own_epochs(drawn):
     line = {"loss": 1.0, "lr": 0.1, "train_accuracy": 90.0}
-    visualize.curves({"one": [{"epoch": 1, **line}, {"epoch": 2, **line}], "two": [{"epoch": 5, **line}] * 3})
+    panels.curves({"one": [{"epoch": 1, **line}, {"epoch": 2, **line}], "two": [{"epoch": 5, **line}] * 3})
     written = words(drawn)
     assert "A: one, 2 epochs" in written and "B: two, 3 epochs" in written
     assert {"loss", "lr", "train accuracy"} <= {*written} and written.count("epoch") == 3
@@ -102,7 +102,7 @@ def test_curves_name_each_run_with_its_own_epochs(drawn):
 def test_sums_of_rows_and_of_columns_of_a_plan_that_is_not_square(drawn):
     # In 24ths: the rows have 12, 8 and 4, the columns 18 and 6; in the uniform plan each of 6 cells has 4.
     plan = torch.tensor([[9, 3], [7, 1], [2, 2]]) / 24
-    visualize.plan_table(plan)
+    panels.plan_table(plan)
     numbers = words(drawn)
     assert numbers[:6] == ["2.25", "0.75", "1.75", "0.25", "0.50", "0.50"]
     places = {text: (x, y) for x, y, text in drawn}
@@ -116,8 +116,8 @@ def test_sums_of_rows_and_of_columns_of_a_plan_that_is_not_square(drawn):
 
 def test_shades_of_a_plan_that_is_not_square_are_in_units_of_the_uniform_plan():
     # 3 x 2 cells, the uniform plan has 1/6 in each: 1/3 is twice that, the middle of the scale, 2/3 its end
-    panel = visualize.plan_table(torch.tensor([[2, 0], [4, 0], [0, 0]]) / 6)
-    white, middle, end = (tuple(colour.tolist()) for colour in visualize.SHADE)
+    panel = panels.plan_table(torch.tensor([[2, 0], [4, 0], [0, 0]]) / 6)
+    white, middle, end = (tuple(colour.tolist()) for colour in panels.SHADE)
     # cells begin at x = 74 and 231, y = 26, 156 and 287
     shades = [[panel.getpixel((x, y)) for x in (84, 241)] for y in (36, 166, 297)]
     assert shades == [[middle, white], [end, white], [white, white]]
@@ -168,13 +168,13 @@ def test_streams_name_their_class_and_the_runs_own_stream(model, drawn):
 
 @pytest.mark.parametrize("n_patches, framed", [(1, 1), (4, 3)])
 def test_fewer_than_three_patches_are_all_framed(n_patches, framed, drawn):
-    visualize.prompt_maps(GREY, torch.rand(n_patches, 2), (0, 1), 160)
+    panels.prompt_maps(GREY, torch.rand(n_patches, 2), (0, 1), 160)
     numbers = [str(i + 1) for i in range(framed)]
     assert words(drawn) == [*numbers, "local prompt 1", *numbers, "local prompt 2"]
 
 
 def test_numbers_of_frames_lie_in_their_patches(drawn):
-    visualize.heat_map(GREY, torch.rand(16), (0, 1), 400, framed=[6, 0, 11])   # 4 x 4 patches of 100 pixels
+    panels.heat_map(GREY, torch.rand(16), (0, 1), 400, framed=[6, 0, 11])   # 4 x 4 patches of 100 pixels
     assert drawn == [(206, 104, "1"), (6, 4, "2"), (306, 204, "3")]
 
 

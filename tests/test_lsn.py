@@ -9,7 +9,7 @@ import torch
 
 import ood
 from conftest import images, train, unit_vectors
-from extras import visualize
+from extras import looking
 from methods import coop, lsn
 from methods.lsn import LSN
 
@@ -172,6 +172,6 @@ def test_a_method_without_a_score_of_its_own_has_no_such_row(model, clip_model):
 
 def test_pictures_show_the_patches_beside_the_positive_text(model):
     batch, texts = images(1), model.encode_prompts()
-    found = visualize.patch_cosines(model, batch, texts, 2)
+    found = looking.patch_cosines(model, batch, texts, 2)
     torch.testing.assert_close(found, model.cosines(batch, texts)[1][0, :, [2]])   # (P, 1)
-    assert visualize.look(model.eval(), batch, texts).prompt_cosines is None       # of one prompt
+    assert looking.look(model.eval(), batch, texts).prompt_cosines is None       # of one prompt

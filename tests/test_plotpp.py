@@ -6,7 +6,7 @@ import torch
 import clip
 from clip.model import CLIP
 from conftest import images, unit_vectors
-from extras import visualize
+from extras import looking
 from methods import plot, plotpp
 from methods.plotpp import PLOTPP
 
@@ -137,5 +137,5 @@ def test_image_prompts_are_as_wide_as_the_image_tower():
 def test_pictures_say_how_much_the_texts_are_alike_as_unit_vectors(make):
     model = make()
     texts = model.encode_prompts()
-    found = visualize.look(model.eval(), images(1), texts, label=1).prompt_cosines
+    found = looking.look(model.eval(), images(1), texts, label=1).prompt_cosines
     torch.testing.assert_close(found, unit(texts[1]) @ unit(texts[1]).T)

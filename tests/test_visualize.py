@@ -12,7 +12,7 @@ import clip
 from sources import critters
 import data
 from harness import runs
-from extras import draw_critters, visualize
+from extras import draw_critters, looking, panels, visualize
 from conftest import copy, random_clip
 from methods import METHODS
 from sotglp import SOTGLP
@@ -54,7 +54,7 @@ def white_square(model):
 # ---- patches on pixels
 
 def test_the_model_sees_the_centre_of_the_picture(white_square):
-    seen = np.asarray(visualize.picture_of(white_square[0]))
+    seen = np.asarray(panels.picture_of(white_square[0]))
     rows, columns = np.nonzero(seen.min(axis=2) == 255)
     assert seen.shape == (32, 32, 3) and set(seen.flatten()) == {0, 255}
     assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == (16, 8, 24, 16)
@@ -62,9 +62,9 @@ def test_the_model_sees_the_centre_of_the_picture(white_square):
 
 def test_the_best_patch_of_a_prompt_is_framed_on_its_own_pixels(model, white_square):
     image, texts = white_square
-    similarity = visualize.patch_cosines(model, image[None], texts, 0)
+    similarity = looking.patch_cosines(model, image[None], texts, 0)
     assert similarity[:, 0].max() > 0.999 > similarity[:, 0].topk(2).values[1]
-    panel = visualize.heat_map(visualize.picture_of(image), similarity[:, 0], (-1, 1), 448, [similarity[:, 0].argmax()])
+    panel = panels.heat_map(panels.picture_of(image), similarity[:, 0], (-1, 1), 448, [similarity[:, 0].argmax()])
     # 448 / 32 = 14 pixels for one: (16, 8, 24, 16) becomes (224, 112, 336, 224); the map itself is never pure white
     rows, columns = np.nonzero(np.asarray(panel).min(axis=2) == 255)
     assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == (224, 112, 336, 224)
@@ -73,7 +73,7 @@ def test_the_best_patch_of_a_prompt_is_framed_on_its_own_pixels(model, white_squ
 def test_the_map_is_warmest_in_the_middle_of_the_best_patch():
     values = torch.zeros(64)
     values[3 * 8 + 4] = 1
-    panel = visualize.heat_map(Image.new("RGB", (32, 32), (128, 128, 128)), values, (0, 1), 448)
+    panel = panels.heat_map(Image.new("RGB", (32, 32), (128, 128, 128)), values, (0, 1), 448)
     # the patch in row 3, column 4 of 8 has its middle at ((4 + 1/2) / 8, (3 + 1/2) / 8) of 448: (252, 196)
     warm = np.asarray(panel, dtype=int).sum(axis=2)
     around = warm[196 - 56 : 196 + 56, 252 - 56 : 252 + 56]
@@ -84,8 +84,8 @@ def test_the_map_is_warmest_in_the_middle_of_the_best_patch():
 
 def test_the_three_best_patches_of_each_prompt_are_framed(monkeypatch):
     similarity, framed = torch.rand(16, 2), []
-    monkeypatch.setattr(visualize, "heat_map", lambda *args: framed.append(args[-1]) or Image.new("RGB", (99, 9)))
-    visualize.prompt_maps(None, similarity, (0, 1), 99)
+    monkeypatch.setattr(panels, "heat_map", lambda *args: framed.append(args[-1]) or Image.new("RGB", (99, 9)))
+    panels.prompt_maps(None, similarity, (0, 1), 99)
     assert [patches.tolist() for patches in framed] == similarity.T.argsort(descending=True)[:, :3].tolist()
 
 
@@ -93,10 +93,10 @@ def test_the_three_best_patches_of_each_prompt_are_framed(monkeypatch):
 def test_patch_boxes_tile_the_picture(grid, side):
     covered = np.zeros((side, side), dtype=int)
     for patch in range(grid * grid):
-        left, top, right, bottom = visualize.patch_box(patch, grid, side)
+        left, top, right, bottom = panels.patch_box(patch, grid, side)
         covered[top:bottom, left:right] += 1
     assert (covered == 1).all()
-    assert visualize.patch_box(grid, grid, side)[:2] == [0, round(side / grid)]       # the second row
+    assert panels.patch_box(grid, grid, side)[:2] == [0, round(side / grid)]       # the second row
 
 
 # ---- what is drawn is what the model computed
@@ -129,28 +129,28 @@ def test_each_class_is_shown_with_its_own_prompts(model, white_square):
 @pytest.mark.parametrize("plan, times", [([[0.25, 0.25], [0.25, 0.25]], [[1, 1], [1, 1]]),
                                          ([[0.5, 0.0], [0.0, 0.5]], [[2, 0], [0, 2]])])
 def test_shades_of_the_plan_run_from_0_to_4_times_uniform(plan, times):
-    panel = visualize.plan_table(torch.tensor(plan))
+    panel = panels.plan_table(torch.tensor(plan))
     # cells begin at x = 74, 231 and y = 26, 222: (448 - 74 - 60) / 2 = 157 wide, (448 - 26 - 30) / 2 = 196 high
     shades = [[panel.getpixel((x, y)) for x in (84, 241)] for y in (36, 232)]
-    assert shades == [[tuple(visualize.colours(t / 4, visualize.SHADE)) for t in row] for row in times]
+    assert shades == [[tuple(panels.colours(t / 4, panels.SHADE)) for t in row] for row in times]
 
 
 def test_long_names_and_paths_are_broken_not_cut():
     text = "/a/long/folder/" + "deeper/" * 40 + "picture.jpg, with the prompts of a class"
-    panel = visualize.text_panel(text, width=300, size=24)
+    panel = panels.text_panel(text, width=300, size=24)
     assert panel.height > 8 * 24 and (np.asarray(panel)[:, 299] == 255).all()
-    assert visualize.text_panel(text, 10**4).height == visualize.text_panel("a").height
+    assert panels.text_panel(text, 10**4).height == panels.text_panel("a").height
 
 
 def test_colours_lie_between_their_anchors_and_end_with_the_scale():
     scale = np.array([(0, 0, 0), (100, 50, 0), (200, 50, 0)])
-    shown = visualize.colours(np.array([-1, 0, 0.25, 0.5, 1, 2]), scale)
+    shown = panels.colours(np.array([-1, 0, 0.25, 0.5, 1, 2]), scale)
     assert shown.tolist() == [[0, 0, 0], [0, 0, 0], [50, 25, 0], [100, 50, 0], [200, 50, 0], [200, 50, 0]]
 
 
-@pytest.mark.parametrize("scale", [visualize.HEAT, visualize.SHADE[::-1]])
+@pytest.mark.parametrize("scale", [panels.HEAT, panels.SHADE[::-1]])
 def test_scales_rise_in_lightness_so_that_grey_print_keeps_their_order(scale):
-    grey = Image.fromarray(visualize.colours(np.linspace(0, 1, 50), scale)[None]).convert("L")
+    grey = Image.fromarray(panels.colours(np.linspace(0, 1, 50), scale)[None]).convert("L")
     assert (np.diff(np.asarray(grey)[0].astype(int)) > 0).all()
 
 
@@ -168,7 +168,7 @@ def test_a_method_without_patches_gets_picture_and_bars(white_square):
     few = visualize.figure_2(method, texts, white_square[0], "a.png", truth=1)
     method.cosines = lambda images, texts: (scores, torch.rand(1, 16, len(texts)))
     more = visualize.figure_2(method, texts, white_square[0], "a.png", truth=1)
-    assert visualize.WIDE < few.height < more.height - visualize.SMALL
+    assert panels.WIDE < few.height < more.height - panels.SMALL
 
 
 @pytest.mark.parametrize("method", ["gallop", "locoop", "independent", "plot", "dense"])
@@ -189,7 +189,7 @@ def test_each_method_shows_its_own_prompts_and_its_own_plan_or_none(method, towe
 
 
 def test_streams_show_the_same_prompts_on_each_stream(towers, monkeypatch):
-    model, shown, prompt_maps = SOTGLP(towers, ["sea", "red clay"], n_support=3).eval(), [], visualize.prompt_maps
+    model, shown, prompt_maps = SOTGLP(towers, ["sea", "red clay"], n_support=3).eval(), [], panels.prompt_maps
     with torch.no_grad():
         texts = model.encode_prompts()
     image = torch.randn(3, 32, 32)
@@ -208,7 +208,7 @@ def test_bars_show_the_predicted_class_by_every_score(truth, shown, names, monke
     monkeypatch.setattr(visualize, "text_panel", lambda text, *_: written.append(text) or Image.new("RGB", (9, 9)))
     monkeypatch.setattr(visualize, "bar", lambda share: shares.append(share) or Image.new("RGB", (9, 9)))
     monkeypatch.setattr(visualize, "titled", lambda panel, *_: panel)
-    visualize.bars(visualize.Look(probabilities, shown, None), ["a", "b", "c"], truth)
+    visualize.bars(looking.Look(probabilities, shown, None), ["a", "b", "c"], truth)
     labels = ["abc".index(name[-1]) for name in names]
     assert written == names * 2          # for each score the classes that the first score and the arguments name
     assert shares == [score[label].item() for score in probabilities.values() for label in labels]
@@ -219,36 +219,36 @@ def test_bars_show_the_predicted_class_by_every_score(truth, shown, names, monke
 @pytest.mark.parametrize("low, high, ticks", [(0, 3.8, [0, 1, 2, 3, 4]), (0, 0.05, [0, 0.01, 0.02, 0.03, 0.04, 0.05]),
                                               (-0.3, 0.9, [-0.5, 0, 0.5, 1]), (0, 100, [0, 20, 40, 60, 80, 100])])
 def test_axes_have_round_numbers(low, high, ticks):
-    assert visualize.axis(low, high) == pytest.approx(ticks)
+    assert panels.axis(low, high) == pytest.approx(ticks)
 
 
 @pytest.mark.parametrize("values, first", [((0.96, 1.0), 0.96), ((2.5, 1.8), 0.0), ((-0.1, -0.102), -0.102),
                                            ((0.3, 0.3), 0.0)])
 def test_the_axis_shows_a_quantity_that_hardly_moves(values, first, monkeypatch):
-    seen, axis = [], visualize.axis
-    monkeypatch.setattr(visualize, "axis", lambda low, high: seen.append(low) or axis(low, high))
-    visualize.chart({("A", (0, 0, 0)): [*enumerate(values, 1)]})
+    seen, axis = [], panels.axis
+    monkeypatch.setattr(panels, "axis", lambda low, high: seen.append(low) or axis(low, high))
+    panels.chart({("A", (0, 0, 0)): [*enumerate(values, 1)]})
     assert seen == [first]
 
 
 def test_prompts_that_are_nearly_alike_are_said_to_be():
     # unit vectors: 0.6 * 0.8 + 0.8 * 0.6 = 0.96 is the cosine of the last two, 0.6 and 0.8 are the others
     prompts = torch.tensor([[[1, 0], [0.6, 0.8], [0.8, 0.6]], [[0, 1.0], [0, 1], [0, 1]]])
-    cosines = visualize.prompt_cosines(None, (None, prompts), 0)
+    cosines = looking.prompt_cosines(None, (None, prompts), 0)
     torch.testing.assert_close(cosines, torch.tensor([[1, 0.6, 0.8], [0.6, 1, 0.96], [0.8, 0.96, 1]]))
     assert visualize.told_of_prompts(cosines).endswith("their maps: prompts 2 and 3 (0.96)")
     assert visualize.told_of_prompts(cosines[:2, :2]) == visualize.told_of_prompts(None) == ""
-    assert visualize.told_of_prompts(visualize.prompt_cosines(None, prompts, 1)).count("(1.00)") == 3
+    assert visualize.told_of_prompts(looking.prompt_cosines(None, prompts, 1)).count("(1.00)") == 3
     for one in (prompts[:, :1], prompts[:, 0]):
-        assert visualize.prompt_cosines(None, one, 0) is None
+        assert looking.prompt_cosines(None, one, 0) is None
 
 
 def test_an_axis_of_zeros_has_a_length():
-    assert visualize.axis(0, 0)[-1] >= 1
+    assert panels.axis(0, 0)[-1] >= 1
 
 
 def test_a_curve_passes_through_its_points():
-    panel = visualize.chart({("A", (200, 0, 0)): [(1, 1.0), (2, 1.0)], ("B", (0, 0, 200)): [(1, 3.0), (2, 4.0)]})
+    panel = panels.chart({("A", (200, 0, 0)): [(1, 1.0), (2, 1.0)], ("B", (0, 0, 200)): [(1, 3.0), (2, 4.0)]})
     # 0 to 2 epochs lie at x = 62 to 436, values 0 to 4 at y = 220 to 10: epoch 1.5 at 342, 1.0 at 167, 3.5 at 36
     assert panel.getpixel((342, 167)) == (200, 0, 0)
     assert panel.getpixel((342, 36)) == (0, 0, 200)
@@ -257,9 +257,9 @@ def test_a_curve_passes_through_its_points():
 def test_every_number_of_every_log_has_a_chart(monkeypatch):
     old, new = [{"epoch": 1, "seconds": 2.0, "loss": 3.0}], [{"epoch": 1, "loss": 2.0, "overlap": 0.5, "lr": 0.1}]
     drawn = []
-    monkeypatch.setattr(visualize, "chart", lambda points: drawn.append(points) or Image.new("RGB", (9, 9)))
-    visualize.curves({"one": old, "two": new})
-    blue, orange = zip("AB", visualize.CURVES)
+    monkeypatch.setattr(panels, "chart", lambda points: drawn.append(points) or Image.new("RGB", (9, 9)))
+    panels.curves({"one": old, "two": new})
+    blue, orange = zip("AB", panels.CURVES)
     assert drawn == [{blue: [(1, 3.0)], orange: [(1, 2.0)]}, {orange: [(1, 0.5)]}, {orange: [(1, 0.1)]}]
 
 
@@ -276,7 +276,7 @@ def test_the_script_draws_test_pictures_at_equal_distances(trained, tmp_path, ca
     assert names == ["figure2-1-test-red_clay-0.png", "figure2-2-test-sea-0.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     config = runs.read_checkpoint(trained)["config"]
-    shown = visualize.picture_of(clip.preprocess(32)(data.read_image(f"{config['data_root']}/test/sea/0.png")))
+    shown = panels.picture_of(clip.preprocess(32)(data.read_image(f"{config['data_root']}/test/sea/0.png")))
     with Image.open(tmp_path / names[1]) as drawn:
         left, top = 24, 24 + 32 + 16 + 27 + 6        # margin; title of 24, gap, title of 20, small gap
         panel = drawn.crop((left, top, left + 448, top + 448))
@@ -324,7 +324,7 @@ def test_the_batch_is_what_training_sees_first(trained):
     side, top = 160, 24 + 32 + 16                    # (1392 - 7 * 16) / 8 = 160; margin, title of 24, gap
     for i, image in enumerate(images):
         cell = sheet.crop((24 + 176 * i, top, 24 + 176 * i + side, top + side))
-        assert np.array_equal(cell, visualize.picture_of(image).resize((side, side), Image.NEAREST))
+        assert np.array_equal(cell, panels.picture_of(image).resize((side, side), Image.NEAREST))
 
 
 def test_the_script_draws_curves_of_several_runs(trained, tmp_path):
@@ -335,8 +335,9 @@ def test_the_script_draws_curves_of_several_runs(trained, tmp_path):
     assert [path.name for path in (tmp_path / "drawn").iterdir()] == ["curves.png"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "3\n", '{"loss": 1}\n', '{"epoch": 1, "loss": "low"}\n',
-                                  '{"epoch": 1, "loss": NaN}\n'])
+@pytest.mark.parametrize("text", ["", "{", "3\n", '{"seconds": 1, "loss": 1}\n',
+                                  '{"epoch": 1, "seconds": 1, "loss": "low"}\n',
+                                  '{"epoch": 1, "seconds": 1, "loss": NaN}\n'])
 def test_a_damaged_log_is_named(text, tmp_path):
     (tmp_path / "log.jsonl").write_text(text)
     with pytest.raises(ValueError, match="log.jsonl is damaged"):
