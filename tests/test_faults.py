@@ -167,6 +167,16 @@ def test_a_process_ends_when_its_parent_is_gone(wait):
     os.close(reading)
 
 
+def test_a_command_ends_where_the_program_that_started_it_is_gone_already():
+    number = os.fork()
+    if not number:
+        wait_as_a_command(os.getpid())                           # nobody's parent, as if it were gone
+        os._exit(0)
+    start = time.time()
+    _, status = os.waitpid(number, 0)
+    assert os.waitstatus_to_exitcode(status) == 1 and time.time() - start < 10
+
+
 @pytest.mark.parametrize("left", ["last.pt", "result.json"])
 def test_a_run_is_not_replaced_unasked(left, trained, options, tmp_path):
     shutil.copy(trained / left, tmp_path)
