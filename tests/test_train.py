@@ -69,6 +69,9 @@ def test_what_is_not_given_follows_from_the_rest(arguments, field, value, monkey
     ("--method coop --words 'a photo of a'", "coop-critters-16shot-words-a-photo-of-a-seed1"),
     ("--template 'my {}/it.'", "critters-16shot-template-my-it.-seed1"),
     ("--sampler proportional", "critters-16shot-sampler-proportional-seed1"),
+    ("--template 'this is a rather long template for a {}'",                  # 30 letters of it
+     "critters-16shot-template-this-is-a-rather-long-template-seed1"),
+    ("--lr 0.0123456 --epsilon 0.25", "critters-16shot-lr0.0123456-epsilon0.25-seed1"),
     ("--device cpu --amp bf16 --workers 2 --text-chunk 3 --checkpoint-text --compile", "critters-16shot-seed1")])
 def test_the_name_of_a_folder_says_what_differs(arguments, name):
     Path("mine.v2.pt").touch()
