@@ -336,6 +336,8 @@ def write_into(stream, write):
                 file.write(whole.read_bytes())
         except BrokenPipeError as error:
             raise streams.ReaderGone from error
+        except OSError as error:
+            raise OSError(f"cannot write into {stream}: {error.strerror}") from error
 
 
 def write_text(path, text):

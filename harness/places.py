@@ -34,14 +34,21 @@ def lock(folder, patience=2.0):
     file = open(Path(folder) / "lock", "a+", errors="replace")
     try:
         wait_for(file, folder, patience)
+        os.ftruncate(file.fileno(), 0)
+        write_number(file)
     except OSError:
         file.close()
         raise
-
-    file.truncate(0)
-    print(os.getpid(), end="", file=file, flush=True)
     remove_halves(folder)
     return file
+
+
+def write_number(file):
+    """Writes which process has the lock. Raises OSError, with the file's name, on a full disk."""
+    try:
+        os.write(file.fileno(), str(os.getpid()).encode())   # why not print: what it kept back would fail again
+    except OSError as error:
+        raise OSError(f"cannot write {file.name}: {error.strerror}") from error
 
 
 def wait_for(file, folder, patience):

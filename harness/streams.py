@@ -94,6 +94,11 @@ def safe_end():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def is_shared_memory(error):
+    """Whether an error says that something is full, but names no file."""
+    return isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None
+
+
 def in_words(error):
     """An error in one line, as one says it to a user; "" for one of torch's that is our own fault."""
     lines = str(error).splitlines() or [""]
@@ -102,7 +107,7 @@ def in_words(error):
     # torch puts the traceback of a process that reads pictures before its error
     if "in DataLoader worker process" in lines[0]:
         lines = [lines[-1].removeprefix(f"{type(error).__name__}: ")]
-    elif not isinstance(error, RuntimeError) and getattr(error, "errno", None) != errno.ENOSPC:
+    elif not isinstance(error, RuntimeError) and not is_shared_memory(error):
         return str(error) or type(error).__name__
 
     if is_memory(error):

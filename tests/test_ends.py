@@ -159,6 +159,7 @@ def test_what_a_process_that_reads_pictures_meets_is_one_line(harm, expected, tm
 @pytest.mark.parametrize("error, expected", [
     (RuntimeError("[gloo/pair.cc:5] Connection closed by peer [::1]:1\nmore"), "another process of this run ended ("),
     (OSError(errno.ENOSPC, "No space left on device"), "--workers 0"),
+    (OSError(errno.ENOSPC, "No space left on device", "runs/a"), "[Errno 28] No space left on device: 'runs/a'"),
     (MemoryError(), "out of memory"), (MemoryError("out of GPU memory: give less"), "out of GPU memory: give less"),
     (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "")])
 def test_errors_in_words(error, expected):

@@ -82,6 +82,8 @@ def test_a_device_and_standard_output_are_written_into(capfd):
     machine.write_text("/dev/null", "text")
     machine.write_text("/dev/stdout", "text")
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode) and capfd.readouterr().out == "text"
+    with pytest.raises(OSError, match="cannot write into /dev/full: No space left"):
+        machine.write_text("/dev/full", "text")
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(trained, tmp_path, monkeypatch):
