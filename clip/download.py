@@ -12,10 +12,10 @@ from urllib.request import urlopen
 
 
 def fetch(addresses, path, expected, limit):
-    """Brings the first of these addresses that has the digest `expected` to path; limit: bytes that it may have.
+    """Brings the first of these addresses that has the digest `expected` to path; limit: bytes it may have.
 
-    The file gets its name only when it is whole and right. Raises ConnectionError that says what went wrong at
-    each address, and what to do.
+    The file gets its name only when it is whole and right. Raises ConnectionError that says what went wrong
+    at each address, and what to do.
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -26,8 +26,8 @@ def fetch(addresses, path, expected, limit):
             receive(address, part, limit)
             found = digest(part, like=expected)
             if found != expected:
-                raise OSError(f"it sent {part.stat().st_size} bytes with the digest {found}, expected {expected}; "
-                              "does a proxy answer in its place?")
+                raise OSError(f"it sent {part.stat().st_size} bytes with the digest {found}, expected "
+                              f"{expected}; does a proxy answer in its place?")
             os.replace(part, path)
             return
         except (OSError, ValueError, HTTPException) as error:
@@ -37,8 +37,8 @@ def fetch(addresses, path, expected, limit):
         finally:
             with contextlib.suppress(OSError):     # why: the folder may not exist
                 part.unlink(missing_ok=True)
-    raise ConnectionError(f"cannot download {' or '.join(addresses)} to {path}: {'; '.join(faults)}. Without a connection, "
-                          "fetch the file on another machine and put it there")
+    raise ConnectionError(f"cannot download {' or '.join(addresses)} to {path}: {'; '.join(faults)}. Without "
+                          "a connection, fetch the file on another machine and put it there")
 
 
 def receive(address, path, limit):

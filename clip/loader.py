@@ -82,9 +82,9 @@ def note_what_weights_hide(path, activation, model):
         return
     attention = model.visual.transformer.resblocks[0].attn
     head_width = len(attention.in_proj_bias) // 3 // attention.heads
-    print(f"note: {path} is none of OpenAI's files; it is read with {activation} and attention heads {head_width} wide. "
-          "QuickGELU is right for OpenAI's weights and open_clip's -quickgelu models, --activation gelu for "
-          "open_clip's others", file=sys.stderr, flush=True)
+    print(f"note: {path} is none of OpenAI's files; it is read with {activation} and attention heads "
+          f"{head_width} wide. QuickGELU is right for OpenAI's weights and open_clip's -quickgelu models, "
+          "--activation gelu for open_clip's others", file=sys.stderr, flush=True)
 
 
 def run_archive(path):

@@ -82,8 +82,9 @@ def check_perceptrons(weights):
     for name in ("visual.transformer.resblocks.0.mlp.c_fc.weight", "transformer.resblocks.0.mlp.c_fc.weight"):
         rows, width = weights[name].shape if name in weights else (4, 1)
         if rows != 4 * width:
-            raise ValueError(f"these weights do not fit CLIP: {name} has {rows} rows, expected {4 * width}; open_clip's "
-                             "ViT-g-14, ViT-bigG-14 and ViT-e-14 have other perceptrons, and are not read here")
+            raise ValueError(f"these weights do not fit CLIP: {name} has {rows} rows, expected {4 * width}; "
+                             "open_clip's ViT-g-14, ViT-bigG-14 and ViT-e-14 have other perceptrons, and are not "
+                             "read here")
 
 
 def check_finite(tensors, where):
@@ -166,8 +167,8 @@ def read_state_dict(path):
                          "more than tensors. Fetch it again, or save a model's state_dict() alone") from error
     state, taken_off = unwrap(state, path)
     if taken_off and int(os.environ.get("RANK", 0)) == 0:
-        print(f"note: {path}: the weights are read without {' and '.join(taken_off)}, which a training program put around "
-              "them", file=sys.stderr, flush=True)
+        print(f"note: {path}: the weights are read without {' and '.join(taken_off)}, which a training program "
+              "put around them", file=sys.stderr, flush=True)
     return state
 
 
@@ -192,10 +193,10 @@ def unwrap(content, path):
         return content, taken_off
     others = [name for name in content if not name.startswith(prefix)]
     if others:
-        raise ValueError(f"the names of its CLIP begin with {prefix!r}, and it holds others, such as {others[0]!r}. In "
-                         f"Python this makes a file of the CLIP alone:\nimport torch; content = torch.load({str(path)!r}, "
-                         f"'cpu', weights_only=True){reached}; torch.save({{name[{len(prefix)}:]: tensor for name, tensor "
-                         f"in content.items() if name.startswith({prefix!r})}}, 'clip.pt')")
+        kept = f"{{name[{len(prefix)}:]: tensor for name, tensor in content.items() if name.startswith({prefix!r})}}"
+        raise ValueError(f"the names of its CLIP begin with {prefix!r}, and it holds others, such as {others[0]!r}. "
+                         "In Python this makes a file of the CLIP alone:\nimport torch; content = torch.load("
+                         f"{str(path)!r}, 'cpu', weights_only=True){reached}; torch.save({kept}, 'clip.pt')")
     taken_off.append(f"the beginning {prefix!r} of all names")
     return {name.removeprefix(prefix): tensor for name, tensor in content.items()}, taken_off
 

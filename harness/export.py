@@ -19,20 +19,21 @@ def text_arrays(model):
     """
     features = model.encode_prompts() if model.frozen_tower else None
     if features is None:
-        raise ValueError(f"{type(model).__name__} cannot be exported: "
-                         + ("its texts depend on the image" if model.frozen_tower else
-                            "its image tower has learned prompts, too, so that other programs do not have it"))
+        why = "its image tower has learned prompts, too, and other programs do not have it"
+        if model.frozen_tower:
+            why = "its texts depend on the image, or it has none"
+        raise ValueError(f"{type(model).__name__} cannot be exported: {why}")
     features = features if isinstance(features, tuple) else (features,)
     arrays = {"class_names": numpy.array(model.class_names), "scale": model.scale}
     for name, text in zip(model.text_names, features):
         arrays[f"{name}_text"] = text[:, None] if text.ndim == 2 else text         # (C, N, D)
     if hasattr(model, "local_projection"):
         arrays["local_projection"] = model.local_projection                        # (W, W)
-    return {name: numpy.asarray(array.cpu() if torch.is_tensor(array) else array) for name, array in arrays.items()}
+    return {name: array.cpu().numpy() if torch.is_tensor(array) else array for name, array in arrays.items()}
 
 
 def export(run, path, device="cpu", model_file=None):
-    """Writes what `text_arrays` gives for a run, and the name of its CLIP, to a .npz file, and prints what is in it."""
+    """Writes what `text_arrays` gives for a run, and the name of its CLIP, to a .npz file."""
     checkpoint = runs.read_checkpoint(run)
     arrays = text_arrays(runs.build(run, checkpoint, device, model=model_file))
     arrays["clip"] = numpy.array(runs.short_name(checkpoint["config"]["model"]))

@@ -66,8 +66,8 @@ def named(found, class_names):
 def check_kind(picture):
     """Raises TypeError for what is neither a path nor a PIL image, with the call that makes one of it."""
     if not isinstance(picture, (str, os.PathLike, Image.Image)):
-        raise TypeError(f"a picture is a path or a PIL image, not {type(picture).__name__}: Image.open(file) makes one of "
-                        "an open file, Image.fromarray(array) of a NumPy array of uint8 (height, width, 3)")
+        raise TypeError(f"a picture is a path or a PIL image, not {type(picture).__name__}: Image.open(file) makes "
+                        "one of an open file, Image.fromarray(array) of a NumPy array of uint8 (height, width, 3)")
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a folder holds: which files are pictures, which belong to systems and programs, and names in one form."""
+"""What a folder holds: which files are pictures, which belong to systems, and names in one form."""
 
 import collections
 import fnmatch
@@ -8,11 +8,12 @@ import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
-# What Pillow reads by itself. why not EPS, WMF, HDF5 and the like: it needs other programs for them; nor FITS: it
-# leaves out their scale.
+# What Pillow reads by itself. why not EPS, WMF, HDF5 and the like: it needs other programs for them; nor FITS:
+# it leaves out their scale.
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".avifs", ".gif",
             ".tif", ".tiff", ".bmp", ".dib", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx",
-            ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".icb", ".vda", ".vst", ".sgi", ".rgb", ".rgba", ".bw",
+            ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".icb", ".vda", ".vst", ".sgi", ".rgb",
+            ".rgba", ".bw",
             ".psd", ".qoi", ".dds", ".pcx", ".dcx", ".pcd", ".ico", ".icns", ".cur", ".im", ".msp",
             ".ras", ".pxr", ".xbm", ".xpm", ".blp", ".ftc", ".ftu", ".fli", ".flc", ".gbr")
 
@@ -22,13 +23,15 @@ SYSTEM = {
     "on every ext4 disk, on every card of Android": ("lost+found", "lost.dir"),
     "Windows, on every disk that it has seen": (
         "system volume information", "$recycle.bin", "recycler", "$extend", "$winreagent", "config.msi",
-        "found.[0-9][0-9][0-9]", "thumbs.db", "ehthumbs*.db", "desktop.ini", "albumartsmall.jpg", "albumart_{*}_*.jpg"),
+        "found.[0-9][0-9][0-9]", "thumbs.db", "ehthumbs*.db", "desktop.ini",
+        "albumartsmall.jpg", "albumart_{*}_*.jpg"),
     "macOS": ("__macosx", "icon\r", "network trash folder", "temporary items", "thevolumesettingsfolder"),
     "NAS of Synology, QNAP and Buffalo": (
-        "@eadir", "@tmp", "#recycle", "#snapshot", "syno*_thumb*", "@recycle", "@recently-snapshot", "trashbox"),
+        "@eadir", "@tmp", "#recycle", "#snapshot", "syno*_thumb*", "@recycle", "@recently-snapshot",
+        "trashbox"),
     "thumbnails and catalogues of photo programs": (
-        "*.photoslibrary", "*.photolibrary", "*.aplibrary", "*.lrdata", "captureone", "ipod photo cache", "nksc_param",
-        "zbthumbnail.info", "pspbrwse.jbf", "thumbnails", "_thumbs", "_thumbnails"),
+        "*.photoslibrary", "*.photolibrary", "*.aplibrary", "*.lrdata", "captureone", "ipod photo cache",
+        "nksc_param", "zbthumbnail.info", "pspbrwse.jbf", "thumbnails", "_thumbs", "_thumbnails"),
     "what programs can make again": ("cache", "caches", "_cache", "__pycache__"),
 }
 _SYSTEM = re.compile("|".join(fnmatch.translate(name) for names in SYSTEM.values() for name in names))
@@ -60,8 +63,8 @@ def check_spellings(folder, names):
         other = seen.setdefault(normal(name), name)
         if other != name:
             # why ascii: on a screen both look alike
-            raise ValueError(f"{folder} has one name in two spellings, {ascii(other)} and {ascii(name)}: remove or "
-                             "rename one of them")
+            raise ValueError(f"{folder} has one name in two spellings, {ascii(other)} and {ascii(name)}: "
+                             "remove or rename one of them")
 
 # ---- folders -----------------------------------------------------------------------------------------------
 
@@ -76,7 +79,8 @@ class Listing(NamedTuple):
 def walk(top):
     """All that lies below a folder, in a fixed order -> Listing.
 
-    Links are followed, but not to a folder in which one is already. Raises OSError for one that cannot be read.
+    Links are followed, but not to a folder in which one is already. Raises OSError for one that cannot be
+    read.
     """
     def fail(error):
         raise error
@@ -118,14 +122,15 @@ def identity(folder):
 def folders_in(folder):
     """The names of the folders in a folder, sorted, without those of systems."""
     with os.scandir(folder) as entries:
-        return sorted((entry.name for entry in entries if entry.is_dir() and not is_system(entry.name)), key=normal)
+        names = [entry.name for entry in entries if entry.is_dir() and not is_system(entry.name)]
+    return sorted(names, key=normal)
 
 
 def class_folders(folder):
-    """{class folder: paths of its pictures, at any depth}, all sorted; the folders' names in their normal form.
+    """{class folder, in its normal form: paths of its pictures, at any depth}, all sorted.
 
-    No file is looked at: ImageNet has 1.3 million. Raises FileNotFoundError for a class without a picture, ValueError
-    where there are pictures but no class folder, and for one name in two spellings.
+    No file is looked at: ImageNet has 1.3 million. Raises FileNotFoundError for a class without a picture,
+    ValueError where there are pictures but no class folder, and for one name in two spellings.
     """
     classes = folders_in(folder)
     if not classes:
@@ -154,7 +159,7 @@ def kinds(paths):
 
 
 def left_out(others, system):
-    """What is not read as pictures, as texts: files of other kinds, and what belongs to systems and programs."""
+    """What is not read as pictures, as texts: files of other kinds, and what belongs to systems."""
     lines = [f"{kinds(others)}, not read as pictures, first {others[0]}"] if others else []
     if system:
         counts = collections.Counter(os.path.basename(path) for path in system)

@@ -9,24 +9,24 @@ import struct
 
 import numpy
 from PIL import Image, UnidentifiedImageError
+from PIL.Image import Transpose
 
 PNG = b"\x89PNG\r\n\x1a\n"         # how such a file begins
 # Tags of EXIF and TIFF, by number.
 ORIENTATION = 0x0112
 BITS, PHOTOMETRIC, SAMPLE_FORMAT, GDAL_NODATA = 258, 262, 339, 42113
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}
+TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
+         5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
 # Values that measuring programs write where there is none; those of this size and more are such values, too.
 NO_DATA = (-9999, -99999, -32768, -(2**31))
 NO_MEASUREMENT = 1e20
 
 
 def as_seen(image):
-    """A PIL image as people see it, in RGB. Raises ValueError for one of grey values without a single valid one."""
+    """A PIL image as people see it, in RGB. Raises ValueError for grey values of which none is valid."""
     image.load()
     turn = TURNS.get(orientation(image))
-    if image.mode[0] in "IF":                            # grey of 16 or 32 bits, which Pillow would cut off at 255
+    if image.mode[0] in "IF":              # grey of 16 or 32 bits, which Pillow would cut off at 255
         image = grey_of_8_bits(image)
     if turn is not None:
         image = image.transpose(turn)
@@ -44,12 +44,13 @@ def orientation(image):
             return exif_orientation(block.removeprefix(b"Exif\0\0"))
     try:
         return image.getexif().get(ORIENTATION)          # from other places, such as XMP
-    except Exception:        # why so broad: each sort of damage has an error of its own, and none concerns the pixels
+    # why so broad: each sort of damage has an error of its own, and none concerns the pixels
+    except Exception:
         return None
 
 
 def exif_orientation(block):
-    """The one entry of an EXIF block that is wanted. why not Pillow's: it stops where another entry is damaged."""
+    """The orientation in an EXIF block, or None. why not Pillow's: it stops where another entry is damaged."""
     order = {b"II": "<", b"MM": ">"}[block[:2]]
     start, = struct.unpack_from(f"{order}I", block, 4)
     count, = struct.unpack_from(f"{order}H", block, start)
@@ -63,7 +64,7 @@ def exif_orientation(block):
 
 
 def open_image(file):
-    """An open file as a PIL image, also a PNG whose EXIF block is damaged. why: Pillow refuses it, browsers do not."""
+    """An open file as a PIL image, also a PNG with a damaged EXIF block, which browsers show and Pillow refuses."""
     try:
         return Image.open(file)
     except UnidentifiedImageError:
@@ -79,7 +80,7 @@ def without_exif(content):
     kept = [PNG]
     place = len(PNG)
     while place < len(content):
-        length = int.from_bytes(content[place : place + 4], "big") + 12            # with its name and its checksum
+        length = int.from_bytes(content[place : place + 4], "big") + 12      # with name and checksum
         if content[place + 4 : place + 8] != b"eXIf":
             kept.append(content[place : place + length])
         place += length
@@ -89,13 +90,13 @@ def without_exif(content):
 def grey_of_8_bits(image):
     """Grey values of 16 or 32 bits -> a PIL image of 8 bits, white where there is no valid value.
 
-    16 bits, or as many as the file says, have a white of their own. 32 bits have none, so that the least valid value
-    is black and the largest white.
+    16 bits, or as many as the file says, have a white of their own. 32 bits have none, so that the least valid
+    value is black and the largest white.
     """
     tags = getattr(image, "tag_v2", {})
     values = numpy.asarray(image).astype(numpy.float64)                            # (h, w)
     if image.format == "TIFF" and image.mode == "I" and tags.get(SAMPLE_FORMAT, (1,))[0] == 1:
-        values[values < 0] += 2**32                      # why: Pillow reads 32 bits without a sign as if they had one
+        values[values < 0] += 2**32        # why: Pillow reads 32 bits without a sign as if they had one
 
     valid = is_valid(values, (tags.get(GDAL_NODATA), image.info.get("transparency")))
     if not valid.any():
@@ -114,9 +115,9 @@ def grey_of_8_bits(image):
 
 
 def is_valid(values, declared):
-    """Which of some values are measurements: neither infinite nor NaN, nor usual or declared as no value (or None)."""
+    """Which of some values are finite, and neither usual nor declared as no value; declared: texts, numbers, None."""
     valid = numpy.isfinite(values) & (numpy.abs(values) < NO_MEASUREMENT) & ~numpy.isin(values, NO_DATA)
     for hole in declared:
-        with contextlib.suppress(TypeError, ValueError):                           # None, or a text that is no number
+        with contextlib.suppress(TypeError, ValueError):   # None, or a text that is no number
             valid &= (values != float(hole)) & (values != float(numpy.float32(hole)))
     return valid
