@@ -175,6 +175,37 @@ def test_a_run_does_not_go_on_with_pictures_of_other_labels(trained, tmp_path):
     assert [count for count, _ in digests] == [2, 2, 2] and len({digest for _, digest in digests}) == 3
 
 
+def test_the_pictures_of_a_run_are_drawn_again_as_it_drew_them(tmp_path, monkeypatch):
+    config = {"dataset": "folder", "data_root": str(tmp_path), "shots": 7, "seed": 5, "split_seed": 3,
+              "sampler": "up-to", "held_out": 0.2, "classes": "base"}
+    own = {"name": "folder", "root": str(tmp_path), "shots": 7, "seed": 3, "sampler": "up-to",
+           "held_out": 0.2}
+    found = handed(monkeypatch, data, "load", run_pictures.load_pictures, config)
+    assert found == {**own, "classes": "base"}
+    found = handed(monkeypatch, data, "load", run_pictures.load_pictures, config, "/moved", "new")
+    assert found == {**own, "root": "/moved", "classes": "new"}
+    checkpoint = {"config": config}
+    found = handed(monkeypatch, data, "load", run_pictures.asked_pictures, "RUN", checkpoint, "/moved",
+                   "test", "dtd", None)
+    assert (found["name"], found["root"], found["shots"], found["seed"]) == ("dtd", "/moved", 0, 3)
+
+
+@pytest.mark.parametrize("split, shown", [("val", "b"), ("test", "c")])
+def test_the_split_that_is_asked_for_is_tested_without_training_pictures(split, shown, monkeypatch, capsys):
+    # the run was trained on "a"; it lies among the pictures of both splits now
+    lists = [[(name, 0, "sea") for name in names] for names in ("a", "ab", "ca")]
+    monkeypatch.setattr(data, "load", lambda *_: (*lists, ["sea"]))
+    checkpoint = {"config": {"dataset": "critters", "data_root": "", "shots": 1, "split_seed": 1,
+                             "sampler": "exact", "held_out": None, "classes": "all", "epochs": 4},
+                  "class_names": ["sea"], "training": ["a"], "epoch": 4}
+    items, class_names = run_pictures.unseen_pictures("RUN", checkpoint, split=split)
+    assert [path for path, *_ in items] == [shown] and class_names == ["sea"]
+    printed = capsys.readouterr().out
+    assert f"trained on 1 of the 2 {split} pictures of today" in printed and "is not finished" not in printed
+    run_pictures.unseen_pictures("RUN", {**checkpoint, "epoch": 3}, split=split)
+    assert "RUN is not finished: it stands at epoch 3 of 4" in capsys.readouterr().out
+
+
 # ---- evaluate.py -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("more, changed", [
@@ -235,7 +266,8 @@ def test_an_evaluation_does_what_it_was_asked_and_says_so(split, on, amp, templa
         clip_model = argparse.Namespace(store_matrices=lambda dtype: asked.update(half=dtype))
         return argparse.Namespace(clip=clip_model)
 
-    monkeypatch.setattr(run_pictures, "unseen_pictures", lambda *args: asked.update(pictures=args) or (items, NAMES))
+    monkeypatch.setattr(run_pictures, "unseen_pictures",
+                        lambda *args: asked.update(pictures=args) or (items, NAMES))
     monkeypatch.setattr(runs, "build", build)
     monkeypatch.setattr(evaluate, "test", test)
     config = {"amp": "bf16", "dataset": "folder", "template": TEMPLATE, "method": "coop", "model": "m.pt",
