@@ -136,6 +136,14 @@ def test_runs_on_other_pictures_are_not_averaged(tmp_path, capsys):
     assert f"left out: {tmp_path}/4 (another split file)" in printed
 
 
+def test_another_split_seed_is_another_run_on_other_pictures(tmp_path, capsys):
+    for split_seed in (1, 2):
+        result(tmp_path / str(split_seed), accuracy=88.0 + 2 * split_seed, split_seed=split_seed)
+        change(tmp_path / str(split_seed), data=[f"pictures of draw {split_seed}"])
+    table_1, _, printed = table(tmp_path, capsys)
+    assert table_1["eurosat"][-3:] == ["91.00", "+-", "1.41"] and "left out: " not in printed    # of 90 and 92
+
+
 @pytest.mark.parametrize("fields, complaint", [
     ({"config": []}, "config"),
     ({"config": {}}, "option method, option dataset, option classes, option model"),
