@@ -7,11 +7,11 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
-import ood
 from extras import linear_probe
 from harness.configuration import configuration
 from harness.options import parse_args
 from methods import METHODS
+from sources.ood_sets import ood_sets
 
 AROUND = 10         # seconds that a run takes before and after its training
 FIRST_SEED = 1      # of the run that all seeds of a row start from, whichever seeds are asked for
@@ -159,7 +159,7 @@ def place(args, dataset):
 def has_ood_sets(dataset, root):
     """Whether there are pictures of something else to tell apart from a dataset."""
     try:
-        return bool(ood.ood_sets(dataset, root))
+        return bool(ood_sets(dataset, root))
     except (ValueError, FileNotFoundError):
         return False
 

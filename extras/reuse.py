@@ -9,9 +9,9 @@ import json
 
 import clip  # before torch: it bounds how long torch's threads wait
 
-import ood
 from harness import run_pictures, runs
 from methods import METHODS
+from sources.ood_sets import ood_sets
 
 # What a run was made from, beside its options, and what to call it.
 MADE_FROM = {"class_names": "class names", "data": "pictures", "clip_sha256": "CLIP weights"}
@@ -111,7 +111,7 @@ def expected_fields(job, file):
     root = job.config["data_root"]
     _, val, test, _ = pictures(job.config)
     if file == "ood.json":
-        sets = {"ID": test, **ood.ood_sets(job.dataset, root)}
+        sets = {"ID": test, **ood_sets(job.dataset, root)}
         temperature = METHODS[job.config["method"]].ood_temperature
         return {"temperature": temperature, "local_weight": 1.0, "ood_root": {}, "data": digests(sets, root)}
     if file == "evaluation-new.json":

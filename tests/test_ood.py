@@ -17,7 +17,7 @@ from PIL import Image
 from sources import critters
 import data
 import ood
-from harness import machine
+from harness import machine, ood_table
 import train
 from conftest import random_clip
 from sotglp import SOTGLP, unit
@@ -195,7 +195,7 @@ def test_rows_are_the_scores_of_averaged_cosines(clip_model, vv_attention):
         image, patches = model.encode_images(images)
         cosines = torch.einsum("bd,cgd->bcg", image, prompts[0]).mean(dim=-1)
         patch_cosines = torch.einsum("bpd,cld->bpcl", patches, prompts[1]).mean(dim=-1)
-    assert list(rows) == list(ood.ROWS)[:-1] and list(alone) == list(ood.ROWS)[:3]
+    assert list(rows) == list(ood_table.ROWS)[:-1] and list(alone) == list(ood_table.ROWS)[:3]
     for row, expected in {"mcm": ood.mcm(cosines, 0.1), "l_mcm": ood.l_mcm(patch_cosines, 0.1),
                           "gl_mcm": ood.gl_mcm(cosines, patch_cosines, 0.1, 0.5)}.items():
         torch.testing.assert_close(rows[row], expected, atol=1e-5, rtol=0)
@@ -479,7 +479,7 @@ def test_table_and_csv_hold_the_scores_of_averaged_prompts(temperature, weight, 
             assert cells[name]["fpr95"] == pytest.approx(100 * ood.fpr95(inside, outside))
         for metric in ("fpr95", "auroc"):
             assert cells["mean"][metric] == pytest.approx((cells["grey"][metric] + cells["clay"][metric]) / 2)
-        assert line[:38].strip() == ood.ROWS[row]
+        assert line[:38].strip() == ood_table.ROWS[row]
         assert line[38:].replace(" / ", "/").split() == [f"{cells[name]['fpr95']:.1f}/{cells[name]['auroc']:.1f}"
                                                          for name in ("grey", "clay", "mean")]
 
@@ -500,7 +500,7 @@ def test_zero_shot_scores_the_data_set_with_the_model_that_are_named(world, tmp_
     assert overlap.startswith("warning: many holds ")    # the two sets are drawn alike
     assert first == (f"zero-shot: model {clip_file}, ID folder, 12 test images, OOD many 103; "
                      "temperature 0.02, local weight 2")
-    assert [line[:38].strip() for line in lines[:3]] == [ood.ROWS[row] for row in expected]
+    assert [line[:38].strip() for line in lines[:3]] == [ood_table.ROWS[row] for row in expected]
     assert not any("this run" in line or "benchmark" in line for line in lines)
 
 
@@ -533,7 +533,7 @@ def test_a_run_takes_its_pictures_from_the_root_that_is_named(world, tmp_path, c
 def test_the_command_says_what_it_found(world, capsys):
     call(world / "run", "--ood-root", f"clay={world}/clay")
     printed = capsys.readouterr().out
-    assert "12 test images, OOD clay 5;" in printed and ood.ROWS["gl_mcm"] in printed
+    assert "12 test images, OOD clay 5;" in printed and ood_table.ROWS["gl_mcm"] in printed
 
 
 def test_what_is_missing_is_one_error(world, tmp_path):
@@ -590,8 +590,8 @@ def test_imagenet_is_checked_against_the_benchmark(clip_file, tmp_path, capsys, 
     monkeypatch.setattr(clip, "load", lambda name, device, activation: {"ViT-B/16": (random_clip(), None)}[name])
     call("--zero-shot", "--dataset", "imagenet", "--data-root", tmp_path)
     *_, mcm, paper_mcm, gl, paper_gl, vv = [line for line in capsys.readouterr().out.splitlines() if " / " in line][1:]
-    assert mcm.startswith(ood.ROWS["zero_shot_mcm"]) and gl.startswith(ood.ROWS["zero_shot_gl_mcm"])
-    assert vv.startswith(ood.ROWS["zero_shot_gl_mcm_vv"])
+    assert mcm.startswith(ood_table.ROWS["zero_shot_mcm"]) and gl.startswith(ood_table.ROWS["zero_shot_gl_mcm"])
+    assert vv.startswith(ood_table.ROWS["zero_shot_gl_mcm_vv"])
     for line, row in ((paper_mcm, "CLIP (MCM)"), (paper_gl, "CLIP (GL)")):
         label, *cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
         assert label == "the paper's Table 3"
