@@ -54,6 +54,14 @@ def test_the_last_value_that_works_is_taken(words):
     configuration.check_args(parse(words), 1)
 
 
+def test_files_of_somebodys_own_are_not_replaced(tmp_path):
+    runs.check_free(tmp_path, {})
+    (tmp_path / "log.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match="log.jsonl would be replaced, but no run stands there: --output-dir"):
+        runs.check_free(tmp_path, {})
+    runs.check_free(tmp_path, {}, overwrite=True)
+
+
 # ---- what is an ablation, and what another configuration ---------------------------------------------------
 
 @pytest.mark.parametrize("method, changed, variant", [

@@ -199,6 +199,8 @@ def test_locoop_is_tested_as_coop(clip_model):
 def test_locoop_refuses_more_likely_classes_than_there_are(top_k, clip_model):
     with pytest.raises(ValueError, match="--top-k must lie between 1 and the number of classes, 3"):
         locoop.LoCoOp(clip_model, NAMES, top_k=top_k)
+    for last in (1, 3):
+        locoop.LoCoOp(clip_model, NAMES, top_k=last)
 
 
 # ---- the linear probe ----------------------------------------------------------------------------------------
