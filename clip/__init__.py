@@ -5,6 +5,8 @@ prompts.py    learned prompts in front of class names (Eq. 1)
 tokenizer.py  texts -> token ids
 loader.py     a name -> a file -> model and preprocessing
 weights.py    a file -> tensors -> model, and what is refused
+archive.py    the weights inside OpenAI's TorchScript archives
+download.py   a file from the network
 precision.py  what is computed in float32 everywhere
 """
 

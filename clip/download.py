@@ -1,4 +1,4 @@
-"""A file from the network: brought once, and kept only when it is whole and the one that was meant."""
+"""A file from the network. It is kept only when it is whole and has the expected digest."""
 
 import contextlib
 import hashlib
@@ -12,10 +12,10 @@ from urllib.request import urlopen
 
 
 def fetch(addresses, path, expected, limit):
-    """Brings the first of these addresses that has the digest `expected` to path; limit: bytes it may have.
+    """Downloads a file to path from the first of these addresses that sends one with the digest `expected`.
 
-    The file gets its name only when it is whole and right. Raises ConnectionError that says what went wrong
-    at each address, and what to do.
+    limit: bytes that the file may have. It gets its name only when it is whole and right. Raises
+    ConnectionError that says what went wrong at each address, and what to do.
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -37,31 +37,37 @@ def fetch(addresses, path, expected, limit):
         finally:
             with contextlib.suppress(OSError):     # why: the folder may not exist
                 part.unlink(missing_ok=True)
-    raise ConnectionError(f"cannot download {' or '.join(addresses)} to {path}: {'; '.join(faults)}. Without "
-                          "a connection, fetch the file on another machine and put it there")
+
+    raise ConnectionError(f"cannot download {' or '.join(addresses)} to {path}: {'; '.join(faults)}. "
+                          "Without a connection, fetch the file on another machine and put it there")
 
 
 def receive(address, path, limit):
-    """Copies what an address sends. Raises OSError where that breaks off or is too much."""
+    """Writes what an address sends to path. Raises OSError where that breaks off or is too much."""
     print(f"downloading {address}", file=sys.stderr, flush=True)
     with urlopen(address, timeout=60) as response, open(path, "wb") as file:
-        total, done = int(response.headers.get("Content-Length") or 0), 0
+        total = announced(response) / 2**20        # MiB
+        done = 0                                   # bytes
+        shown = 0                                  # MiB
         for chunk in chunks(response, limit):
             done += file.write(chunk)
-            if sys.stderr.isatty() and done // 2**20 > (done - len(chunk)) // 2**20:
-                print(f"\r{done // 2**20} of {total / 2**20:.0f} MiB ", end="", file=sys.stderr, flush=True)
+            if sys.stderr.isatty() and done // 2**20 > shown:
+                shown = done // 2**20
+                print(f"\r{shown} of {total:.0f} MiB ", end="", file=sys.stderr, flush=True)
     if sys.stderr.isatty():
         print(file=sys.stderr)
 
 
 def chunks(response, limit, pace=1000):
-    """What a server sends, piece by piece.
+    """Yields what a server sends, piece by piece.
 
     Raises OSError where that is more than `limit` bytes, where it breaks off, and where it is slower, after
     the first minute, than `pace` bytes a second. why a pace: a server that sends a byte now and then never
     times out.
     """
-    start, done, total = time.monotonic(), 0, int(response.headers.get("Content-Length") or 0)
+    start = time.monotonic()
+    total = announced(response)
+    done = 0
     while chunk := response.read1(2**20):
         done += len(chunk)
         if done > limit:
@@ -69,12 +75,18 @@ def chunks(response, limit, pace=1000):
         if time.monotonic() - start > 60 + done / pace:
             raise TimeoutError(f"only {done} bytes came in {time.monotonic() - start:.0f} s")
         yield chunk
+
     if done < total:
         raise OSError(f"only {done} of {total} bytes came")
 
 
+def announced(response):
+    """How many bytes a server says that it sends; 0 where it says nothing."""
+    return int(response.headers.get("Content-Length") or 0)
+
+
 def digest(path, like=""):
-    """SHA-256 of a file, in hexadecimal, or git's blob id where `like` has that one's 40 digits."""
+    """SHA-256 of a file in hexadecimal; its blob id in git where `like` has 40 digits, as a blob id has."""
     is_blob = len(like) == 40
     found = hashlib.sha1(b"blob %d\0" % os.path.getsize(path)) if is_blob else hashlib.sha256()
     with open(path, "rb") as file:

@@ -1,6 +1,6 @@
 """From a name or a file to a frozen CLIP and its preprocessing.
 
-name -> file (downloaded once, its hash compared) -> weights.py: tensors by name -> CLIP
+A name becomes a file, which is downloaded once and whose hash is compared. weights.py makes a CLIP of it.
 """
 
 import hashlib
@@ -23,13 +23,15 @@ PUBLISHED = {  # as in OpenAI's package openai-clip 1.0.1: the last folder is th
     "ViT-B/32": f"{ADDRESS}/40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
     "ViT-L/14": f"{ADDRESS}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
 }
-EXTREME = 50                                       # a longer side that is so many times the shorter one
-# OpenAI's, too, but none of the paper's, so that it has no name here; it is read as a file
+# SHA-256 of OpenAI's ViT-L/14@336px. The paper does not use it: it has no name here, and is read as a file.
 LARGE_336 = "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"
 DOWNLOAD_LIMIT = 2**30                             # bytes; the largest of the three has 890 MiB
-ACTIVATIONS = {"quickgelu": None, "gelu": torch.nn.GELU}    # None: the one that is built in, OpenAI's
 TINY = Path(__file__).with_name("tiny.pt.gz")
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+ACTIVATIONS = {"quickgelu": None, "gelu": torch.nn.GELU}    # None: OpenAI's, which model.py builds in
+EXTREME = 50                                       # a longer side that is so many times the shorter one
+MEAN = (0.48145466, 0.4578275, 0.40821073)         # of OpenAI's training pictures, by colour
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def available_models():
@@ -40,16 +42,20 @@ def available_models():
 def full_name(name):
     """A model's name as OpenAI writes it, also for "ViT-B-16" and "vit-b/16"; a file as an absolute path."""
     known = {model.lower().replace("/", "-"): model for model in available_models()}
+    plain = name.lower().replace("/", "-")
+    if plain in known:
+        return known[plain]
     path = Path(os.path.expanduser(name))
-    return known.get(name.lower().replace("/", "-")) or (str(path.absolute()) if path.is_file() else name)
+    return str(path.absolute()) if path.is_file() else name
 
 
 def load(name, device="cpu", activation="quickgelu"):
     """A name or a file -> CLIP on the device (float32, eval mode, frozen) and its `preprocess`.
 
     name: one of `available_models()`, or the path of a TorchScript archive by OpenAI or of a state dict
-    (`.pt`, also gzipped). Published files are kept in ~/.cache/clip or $CLIP_CACHE, downloaded if they are
-    not there. activation: "gelu" for a file of weights that were trained with it; the weights do not show it.
+    (`.pt`, also gzipped). Published files are kept in ~/.cache/clip or $CLIP_CACHE; one that is not there is
+    downloaded. activation: "gelu" for a file of weights that were trained with it, which they do not show.
+
     Raises FileNotFoundError for an unknown name, ConnectionError for a failed download, ValueError for a
     wrong hash, a damaged file, and one that holds no CLIP with a vision transformer.
     """
@@ -61,23 +67,31 @@ def load(name, device="cpu", activation="quickgelu"):
         if not is_openais(path):
             raise ValueError(f"{path}: {error}") from error
         model = run_archive(path)
+
     if name not in available_models() and not is_openais(path):
         note_what_weights_hide(path, activation, model)
     elif activation != "quickgelu":
-        raise ValueError(f"{name} was trained with QuickGELU: --activation is for files of other people's weights")
+        raise ValueError(f"{name} was trained with QuickGELU: --activation is for files of other people's "
+                         "weights")
     if ACTIVATIONS[activation]:
-        for block in (module for module in model.modules() if isinstance(module, Block)):
-            block.mlp.gelu = ACTIVATIONS[activation]()
+        set_activation(model, ACTIVATIONS[activation])
     return model.to(device), preprocess(model.visual.resolution)
+
+
+def set_activation(model, activation):
+    """Gives every transformer block of a CLIP this activation, a class of modules."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.mlp.gelu = activation()
 
 
 def is_openais(path):
     """Whether a file is one that OpenAI published."""
-    return digest(path) in (*map(published_hash, PUBLISHED.values()), LARGE_336)
+    return digest(path) in [*map(published_hash, PUBLISHED.values()), LARGE_336]
 
 
 def note_what_weights_hide(path, activation, model):
-    """Says how a file is read that is none of OpenAI's: activation and heads do not follow from the weights."""
+    """Prints with which activation and which heads somebody's file is read: its weights do not show them."""
     if int(os.environ.get("RANK", 0)) > 0:
         return
     attention = model.visual.transformer.resblocks[0].attn
@@ -88,7 +102,7 @@ def note_what_weights_hide(path, activation, model):
 
 
 def run_archive(path):
-    """CLIP from a file that is known to be OpenAI's, by torch itself: the way out should our reader fail on it."""
+    """CLIP from a file of OpenAI's, read by torch itself: the way out where our own reader fails on it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")        # why: torch.jit is deprecated and says so
@@ -107,9 +121,9 @@ def preprocess(resolution):
 
 
 class ResizeForCrop:
-    """CLIP's resize of the shorter side; of a picture of extreme shape only of the middle, from which CenterCrop cuts.
+    """CLIP's resize of the shorter side. Of a very long picture it resizes only the middle.
 
-    why: 5000 x 1 pixels would become 1120000 x 224 first, 750 MB. What CenterCrop keeps is the same.
+    why: 5000 x 1 pixels would become 1120000 x 224, 750 MB. CenterCrop keeps the same pixels either way.
     """
 
     def __init__(self, resize):
@@ -117,12 +131,16 @@ class ResizeForCrop:
 
     def __call__(self, image):
         short, long = sorted(image.size)
-        if long > EXTREME * short:
-            # why whole squares, as many at both ends: pixels of the resized middle stay where they are
-            cut = (long // short - EXTREME) // 2 * short
-            x, y = (cut, 0) if image.width == long else (0, cut)
-            image = image.crop((x, y, image.width - x, image.height - y))
-        return self.resize(image)
+        if long <= EXTREME * short:
+            return self.resize(image)
+
+        # why whole squares, as many at both ends: then the pixels of the middle are resized as before
+        cut = (long // short - EXTREME) // 2 * short
+        if image.width == long:
+            middle = image.crop((cut, 0, image.width - cut, image.height))
+        else:
+            middle = image.crop((0, cut, image.width, image.height - cut))
+        return self.resize(middle)
 
 
 def to_rgb(image):
@@ -131,29 +149,32 @@ def to_rgb(image):
 
 
 def weights_hash(model):
-    """SHA-256 over the names and float32 values of all tensors: the same for every file that holds the same model."""
-    digest = hashlib.sha256()
+    """SHA-256 over all tensors' names and float32 values: equal for all files that hold the same model."""
+    found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+        found.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
-# ---- name -> file
+# ---- name -> file ----------------------------------------------------------------------------------
 
 def find(name):
-    """The file that a name stands for, there and verified."""
+    """The file that a name stands for. It exists, and one of OpenAI's has the right hash."""
     if name in PUBLISHED:
         return download(PUBLISHED[name])
     path = TINY if name == "tiny" else Path(os.path.expanduser(name))
     if path.is_file():
         return path
+
     if name == "tiny":
-        raise FileNotFoundError(f"{path} is missing; it belongs to the repository: git checkout {path} brings it back")
+        raise FileNotFoundError(f"{path} is missing; it belongs to the repository: git checkout {path} "
+                                "brings it back")
+    known = ", ".join(available_models())
     if re.fullmatch(r"RN\d+(x\d+)?", name):
-        raise ValueError(f"{name} has a ResNet image tower; SOT-GLP needs the patch tokens of a vision transformer: "
-                         f"use one of {', '.join(available_models())}")
-    raise FileNotFoundError(f"{name!r} is no file and no known model: use one of {', '.join(available_models())}, "
-                            "or the path of a CLIP file (.pt, .pt.gz)")
+        raise ValueError(f"{name} has a ResNet image tower; SOT-GLP needs the patch tokens of a vision "
+                         f"transformer: use one of {known}")
+    raise FileNotFoundError(f"{name!r} is no file and no known model: use one of {known}, or the path of a "
+                            "CLIP file (.pt, .pt.gz)")
 
 
 def cache():
@@ -161,25 +182,27 @@ def cache():
     # why os.path: pathlib raises RuntimeError for a user without a home, as in a container
     folder = os.path.expanduser(os.environ.get("CLIP_CACHE") or "~/.cache/clip")
     if folder.startswith("~"):
-        raise FileNotFoundError("this user has no home folder, in which the weights would be kept: set $CLIP_CACHE to "
-                                "a folder for them")
+        raise FileNotFoundError("this user has no home folder, in which the weights would be kept: set "
+                                "$CLIP_CACHE to a folder for them")
     return Path(folder)
 
 
 def download(url):
-    """The file of this address in the cache, downloaded if it is not there. Raises ValueError for a wrong hash.
+    """An address -> its file in the cache, downloaded where it is missing. Raises ValueError for a wrong hash.
 
-    Of the processes that torchrun started, the first of each machine downloads (why: each machine may have a
-    cache of its own) and the others wait. So all of them must call this together, and all of them fail where
-    one does.
+    Of the processes that torchrun started, the first of each machine downloads and the others wait. So all of
+    them must call this together, and all of them fail where one does.
+    why of each machine: it may have a cache of its own.
     """
-    path, failure = cache() / url.split("/")[-1], None
+    path = cache() / url.split("/")[-1]
+    failure = None
     try:
         if not path.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
             fetch([url], path, published_hash(url), DOWNLOAD_LIMIT)
     except ConnectionError as error:
         failure = ConnectionError(f"{error}; --model tiny runs without a download")
     raise_first(failure)
+
     found = digest(path)
     if found != published_hash(url):
         raise ValueError(f"{path} has SHA-256 {found}, but OpenAI published {published_hash(url)}: "
@@ -188,7 +211,7 @@ def download(url):
 
 
 def raise_first(failure):
-    """Waits for all processes of a torchrun that have joined, and raises what failed for any of them."""
+    """Waits for all processes that work together, and raises the first failure of any of them."""
     failures = [failure]
     if dist.is_available() and dist.is_initialized():
         failures = [None] * dist.get_world_size()
@@ -198,5 +221,5 @@ def raise_first(failure):
 
 
 def published_hash(url):
-    """The SHA-256 that stands in an address of OpenAI's."""
+    """The SHA-256 that OpenAI writes into a file's address."""
     return url.split("/")[-2]
