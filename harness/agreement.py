@@ -17,7 +17,7 @@ def together():
     try:
         yield
     except BaseException:
-        # why: gloo's threads would abort the program; why not NCCL's: it would wait for processes that are gone
+        # why: gloo's threads would abort the program; why not NCCL's: it may wait for processes that are gone
         if dist.is_initialized() and dist.get_backend() == "gloo":
             dist.destroy_process_group()
         raise
@@ -51,7 +51,8 @@ def check_agreement(mine):
         for what in {**first, **other}:
             if first.get(what) != other.get(what):
                 raise ValueError(f"the processes differ in {what}: {shown(first.get(what))} in process 0, "
-                                 f"{shown(other.get(what))} in process {rank}; give all the same options and data")
+                                 f"{shown(other.get(what))} in process {rank}; give all the same options and "
+                                 "data")
 
 
 def shown(value):

@@ -46,7 +46,8 @@ def lock(folder, patience=2.0):
 def write_number(file):
     """Writes which process has the lock. Raises OSError, with the file's name, on a full disk."""
     try:
-        os.write(file.fileno(), str(os.getpid()).encode())   # why not print: what it kept back would fail again
+        # why not print: what it kept back would fail again when the file is closed
+        os.write(file.fileno(), str(os.getpid()).encode())
     except OSError as error:
         raise OSError(f"cannot write {file.name}: {error.strerror}") from error
 
@@ -56,7 +57,8 @@ def wait_for(file, folder, patience):
     file.seek(0)
     owner = file.read(100)
     if owner and not owner.isdecimal():
-        raise OSError(f"{file.name} is no file of this program and would be replaced: name another --output-dir")
+        raise OSError(f"{file.name} is no file of this program and would be replaced: name another "
+                      "--output-dir")
 
     start = time.monotonic()
     while True:
@@ -113,7 +115,8 @@ def check_apart(folder, root, option="--output-dir"):
     parts = folders.layout(root) if os.path.isdir(root) else {}
     for part in parts.values():
         if real.is_relative_to(os.path.realpath(part)):
-            raise ValueError(f"{folder} lies in {part}, whose folders are classes: name an {option} elsewhere")
+            raise ValueError(f"{folder} lies in {part}, whose folders are classes: name an {option} "
+                             "elsewhere")
 
 
 # ---- any file or folder that an option names ---------------------------------------------------------------

@@ -7,7 +7,7 @@ from clip.download import digest
 
 
 def shared(paths, others):
-    """Those of some paths that have the content of one of the others. Drawn pictures are compared by their names."""
+    """Those of some paths that have the content of one of the others. That of a drawn picture is its name."""
     by_size = collections.defaultdict(list)
     for other in others:
         by_size[size(other)].append(other)

@@ -29,7 +29,7 @@ from test_faults import command, error_of, everything
 import train as script
 
 
-# ---- nothing to print to -------------------------------------------------------------------------------------
+# ---- nothing to print to -----------------------------------------------------------------------------------
 
 class Full(io.StringIO):
     """A stream on a full disk."""
@@ -63,7 +63,7 @@ def test_a_full_standard_output_is_no_error_at_the_end_either():
     assert os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == 0
 
 
-# ---- what stops a command from outside -----------------------------------------------------------------------
+# ---- what stops a command from outside ---------------------------------------------------------------------
 
 def test_sigterm_ends_a_run_with_the_command_that_goes_on(options, tmp_path, monkeypatch):
     original = script.train_epoch
@@ -74,7 +74,7 @@ def test_sigterm_ends_a_run_with_the_command_that_goes_on(options, tmp_path, mon
         return original(run, network, batches, epoch)
 
     monkeypatch.setattr(script, "train_epoch", terminated)
-    with pytest.raises(SystemExit, match=f"^terminated: python train.py --resume {tmp_path} goes on after the last"):
+    with pytest.raises(SystemExit, match=f"^terminated: python train.py --resume {tmp_path} goes on after"):
         train(*options, "--output-dir", tmp_path)
     assert read_epoch(tmp_path) == 1 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -140,7 +140,7 @@ def refused():
 
 
 def full():
-    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)")
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device")
 
 
 @pytest.mark.parametrize("harm, expected", [
@@ -157,17 +157,17 @@ def test_what_a_process_that_reads_pictures_meets_is_one_line(harm, expected, tm
 
 
 @pytest.mark.parametrize("error, expected", [
-    (RuntimeError("[gloo/pair.cc:5] Connection closed by peer [::1]:1\nmore"), "another process of this run ended ("),
+    (RuntimeError("[gloo/pair.cc:5] Connection closed by peer [::1]:1\nmore"), "another process of this run"),
     (OSError(errno.ENOSPC, "No space left on device"), "--workers 0"),
-    (OSError(errno.ENOSPC, "No space left on device", "runs/a"), "[Errno 28] No space left on device: 'runs/a'"),
-    (MemoryError(), "out of memory"), (MemoryError("out of GPU memory: give less"), "out of GPU memory: give less"),
+    (OSError(errno.ENOSPC, "No space left on device", "runs/a"), "No space left on device: 'runs/a'"),
+    (MemoryError(), "out of memory"), (MemoryError("out of GPU memory: give less"), "out of GPU memory: give"),
     (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "")])
 def test_errors_in_words(error, expected):
     text = streams.in_words(error)
     assert expected in text and bool(text) == bool(expected) and "\n" not in text
 
 
-# ---- files ---------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
 def test_what_cannot_be_read_just_now_is_not_damaged(number, trained, clip_file, monkeypatch):
@@ -209,7 +209,8 @@ def test_a_download_that_breaks_off_leaves_nothing_and_says_so_in_words(error, t
     with pytest.raises(SystemExit) as stop:
         data.main(arguments)
     interrupted = isinstance(error, KeyboardInterrupt)
-    assert str(stop.value).startswith("interrupted" if interrupted else "error: eurosat: torchvision could not download")
+    start = "interrupted" if interrupted else "error: eurosat: torchvision could not download"
+    assert str(stop.value).startswith(start)
     assert [path.name for path in tmp_path.rglob("*")] == ["eurosat", "mine.txt"]
 
 
@@ -237,14 +238,15 @@ def test_tilde_is_the_users_folder_in_every_option(monkeypatch, tmp_path):
     assert f"there is no folder {tmp_path}/gone" in error_of(train, "--resume=~/gone")
 
 
-# ---- pictures of somebody's own program ----------------------------------------------------------------------
+# ---- pictures of somebody's own program --------------------------------------------------------------------
 
 def test_a_picture_that_cannot_be_read_has_its_turn(trained, pictures, tmp_path):
     torn = tmp_path / "torn.png"
     content = (pictures / "test/sea/0.png").read_bytes()
     torn.write_bytes(content[: len(content) // 2])
     fine = Image.open(pictures / "test/sea/0.png")
-    found = [*predict.predictions(evaluate.load_run(trained), [fine, Image.open(torn), Image.new("RGB", (0, 5)), fine])]
+    given = [fine, Image.open(torn), Image.new("RGB", (0, 5)), fine]
+    found = [*predict.predictions(evaluate.load_run(trained), given)]
     kinds = [type(prediction).__name__ for _, prediction in found]
     assert kinds == ["Prediction", "ValueError", "ValueError", "Prediction"]
     assert all(f"cannot read picture number {i + 1}, a PIL image: " in str(found[i][1]) for i in (1, 2))
@@ -270,7 +272,7 @@ def test_pictures_without_an_end_are_read_as_they_come(trained, pictures):
     assert len([next(found) for _ in range(3)]) == 3
 
 
-# ---- options and data that do not go together ----------------------------------------------------------------
+# ---- options and data that do not go together --------------------------------------------------------------
 
 @pytest.mark.parametrize("given, expected", [
     ("--words=a_photo_of_a", 4), ("--n-context 8", 8), ("--words=a_photo --n-context 2", 2)])
@@ -281,8 +283,8 @@ def test_the_configuration_says_how_many_vectors_there_are(given, expected):
 
 
 @pytest.mark.parametrize("given, complaint", [
-    (["--method", "coop", "--words", "a photo of a", "--n-context", "8"], "are 4 vectors, but --n-context is 8"),
-    (["--method", "coop", "--words", "a photo of a", "--n-context", "16"], "are 4 vectors, but --n-context is 16"),
+    (["--method", "coop", "--words", "a photo of a", "--n-context", "8"], "4 vectors, but --n-context is 8"),
+    (["--method", "coop", "--words", "a photo of a", "--n-context", "16"], "4 vectors, but --n-context is 16"),
     (["--warmup-epochs", "5", "--epochs", "4"], "--warmup-epochs 5 is longer than the run, --epochs 4")])
 def test_options_that_contradict_each_other_are_refused(given, complaint):
     with pytest.raises(ValueError, match=complaint):
@@ -295,26 +297,27 @@ def test_a_warm_up_that_is_given_is_kept():
 
 
 @pytest.mark.parametrize("arguments, name", [
-    (["--words", "  ", "--method", "coop"], "--words"), (["--resume", ""], "--resume"), (["--output-dir", " "],) * 2])
+    (["--words", "  ", "--method", "coop"], "--words"), (["--resume", ""], "--resume"),
+    (["--output-dir", " "], "--output-dir")])
 def test_a_blank_text_is_refused(arguments, name, capsys):
     with pytest.raises(SystemExit):
         script.parse_args(arguments)
-    assert f"{name if isinstance(name, str) else name[0]} is empty" in capsys.readouterr().err
+    assert f"{name} is empty" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         evaluate.parse_args([""])
     assert "RUN is empty" in capsys.readouterr().err
 
 
 def test_a_name_that_does_not_fit_the_template_fails_before_training(options, clip_model, tmp_path):
-    long = "word " * 72                                          # with "a photo of a", [SOS] and [EOT] they are 78
-    with pytest.raises(ValueError, match="does not fit with the template 'a photo of a {}.' into 77 tokens: shorten"):
+    long = "word " * 72                     # with "a photo of a", the full stop, [SOS] and [EOT] they are 79
+    with pytest.raises(ValueError, match="does not fit with the template 'a photo of a {}.' into 77 tokens: "):
         ZeroShot(clip_model, [long])
     assert "does not fit with the template" in error_of(
         train, *options, "--template", 3 * "more " + long + "{}", "--output-dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-# ---- readers of a run ----------------------------------------------------------------------------------------
+# ---- readers of a run --------------------------------------------------------------------------------------
 
 def test_training_pictures_that_changed_are_not_drawn(trained, pictures, tmp_path):
     root = tmp_path / "moved"
@@ -324,7 +327,8 @@ def test_training_pictures_that_changed_are_not_drawn(trained, pictures, tmp_pat
             for path in (pictures / split / name).iterdir():
                 (root / split / name / f"x{path.name}").write_bytes(path.read_bytes())
     for option in (("--batch",), ("--split", "train")):
-        message = error_of(command, visualize, trained, *option, "--data-root", root, "--output", tmp_path / "out")
+        option = (*option, "--data-root", root, "--output", tmp_path / "out")
+        message = error_of(command, visualize, trained, *option)
         assert "other training pictures (9 then, 9 now" in message and "--data-root" in message
 
 
@@ -332,12 +336,13 @@ def test_data_that_is_gone_names_data_root(trained, tmp_path):
     config = {**read(trained)[2]["config"], "data_root": str(tmp_path / "gone")}
     run = copy(trained, tmp_path / "run", config=config)
     for action in ((command, evaluate, run), (train, "--resume", run)):
-        assert "gone, which had the pictures of the run: --data-root names where they are now" in error_of(*action)
+        assert "gone, which had the pictures of the run: --data-root names where they" in error_of(*action)
 
 
 def test_equal_names_elsewhere_are_other_pictures(trained, pictures, tmp_path, capsys):
     import shutil
-    for name in COLOURS:                 # the run was trained on train/<class>/0.png and the like, of another folder
+    # the run was trained on train/<class>/0.png and the like, of another folder
+    for name in COLOURS:
         shutil.copytree(pictures / "train" / name, tmp_path / "others/test" / name)
         shutil.copytree(pictures / "train" / name, tmp_path / "others/train" / name)
     checkpoint = runs.read_checkpoint(trained)
@@ -347,7 +352,8 @@ def test_equal_names_elsewhere_are_other_pictures(trained, pictures, tmp_path, c
     assert "on 12 test images" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("harm", [{"config": {}}, {"config": []}, {"config": {"method": "sotglp"}}, {"shots": "many"}])
+@pytest.mark.parametrize("harm", [{"config": {}}, {"config": []}, {"config": {"method": "sotglp"}},
+                                  {"shots": "many"}])
 def test_a_damaged_configuration_is_named_by_the_table(harm, trained, tmp_path):
     run = copy(trained, tmp_path / "runs/one")
     machine.write_json(run / "result.json", {**read(run)[0], **harm})
@@ -365,7 +371,7 @@ def test_a_table_of_somebodys_own_is_not_replaced(trained, tmp_path):
     assert len(everything(tmp_path / "runs/one")) == len(everything(run))
 
 
-# ---- what is named before the work ---------------------------------------------------------------------------
+# ---- what is named before the work -------------------------------------------------------------------------
 
 def test_links_between_class_folders_are_read_once(tmp_path):
     for name, other in (("a", "b"), ("b", "a")):

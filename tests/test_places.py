@@ -11,8 +11,8 @@ from conftest import copy, read, train
 from harness import agreement, machine, places, runs
 from test_faults import command, error_of, everything
 
-OWN = ("notes.tmp", "notes.tmp123", "last.pt.tmp", "evaluation.json.tmp77", "evaluation-of-mine.csv", "ood.json",
-       "weights.json", "evaluation.json", "data.csv")
+OWN = ("notes.tmp", "notes.tmp123", "last.pt.tmp", "evaluation.json.tmp77", "evaluation-of-mine.csv",
+       "ood.json", "weights.json", "evaluation.json", "data.csv")
 
 
 def test_a_run_leaves_what_is_somebodys_own_in_its_folder(options, tmp_path, monkeypatch):
@@ -41,7 +41,8 @@ def test_where_no_run_stood_overwrite_removes_no_report(options, tmp_path):
 
 
 def test_the_lock_is_given_back_however_a_run_ends(options, tmp_path, monkeypatch):
-    error_of(train, *options, "--lr", 3e38, "--weight-decay", 1000, "--batch-size", 9, "--output-dir", tmp_path)
+    options = (*options, "--lr", 3e38, "--weight-decay", 1000, "--batch-size", 9)
+    error_of(train, *options, "--output-dir", tmp_path)
     with open(tmp_path / "lock", "a+") as file:
         places.lock_file(file)
 
@@ -56,7 +57,7 @@ def test_a_folder_of_results_is_no_class(options, pictures, tmp_path):
     places.check_apart(pictures / "runs", pictures)              # beside train/ and test/ it is no class
 
 
-# ---- a file that an option names -----------------------------------------------------------------------------
+# ---- a file that an option names ---------------------------------------------------------------------------
 
 def test_a_link_is_followed_and_stays(trained, tmp_path):
     (tmp_path / "real").mkdir()
@@ -105,7 +106,7 @@ def test_a_name_of_255_bytes_is_written(tmp_path):
     assert path.read_text() == "{}\n"
 
 
-# ---- processes that work together ----------------------------------------------------------------------------
+# ---- processes that work together --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("what, changed", [
     ("--seed", {"config": {"seed": 2, "device": "cpu"}}), ("training pictures", {"data": {"training": [9, "b"]}}),
