@@ -16,7 +16,7 @@ from PIL import Image
 
 import clip
 from sources import critters
-from extras import pretrain_tiny as pretrain
+from extras import measure_tiny, pretrain_tiny as pretrain, stream
 from clip.loader import MEAN, STD
 
 SLOT = {slot: i for i, slot in enumerate(critters.SLOTS)}          # ground 0, body 1, ..., prop 7
@@ -47,29 +47,29 @@ def test_the_slot_of_a_patch_by_hand():
         y, x = 8 * (patch // 8), 8 * (patch % 8)
         mask[y:y + 8, x:x + 8] = np.array(pixels + [0] * (64 - len(pixels))).reshape(8, 8)
         expected[patch] = slot
-    assert pretrain.patch_slots(mask).tolist() == expected.tolist()
+    assert stream.patch_slots(mask).tolist() == expected.tolist()
 
 
 def test_the_target_of_a_patch_is_the_phrase_that_it_shows():
-    image, targets, phrases = pretrain.draw_one("seed")
+    image, targets, phrases = stream.draw_one("seed")
     picture, mask, said = critters.sample(random.Random("seed"))
     assert np.array_equal(image, picture) and phrases == said
-    slots = pretrain.patch_slots(mask)
+    slots = stream.patch_slots(mask)
     assert len(set(slots)) > 2 and -1 in slots
     for slot, target in zip(slots, targets, strict=True):
-        assert target == (-1 if slot < 0 else pretrain.BANK.index(said[critters.SLOTS[slot]]))
+        assert target == (-1 if slot < 0 else stream.BANK.index(said[critters.SLOTS[slot]]))
 
 
 def test_the_bank_has_every_phrase_once():
-    assert pretrain.BANK == [text for texts in critters.PHRASES.values() for text in texts]
-    assert len(set(pretrain.BANK)) == len(pretrain.BANK) and pretrain.GRID == 8
-    assert [pretrain.BANK[i] for i in pretrain.GROUND] == critters.PHRASES["ground"]
+    assert stream.BANK == [text for texts in critters.PHRASES.values() for text in texts]
+    assert len(set(stream.BANK)) == len(stream.BANK) and stream.GRID == 8
+    assert [stream.BANK[i] for i in stream.GROUND] == critters.PHRASES["ground"]
 
 
 def test_the_pool_depends_on_its_seed_alone():
-    pixels, targets, phrases = pretrain.draw_pool(3, 7, workers=1)
+    pixels, targets, phrases = stream.draw_pool(3, 7, workers=1)
     for i in range(3):
-        image, wanted, said = pretrain.draw_one(f"stream 7 {i}")
+        image, wanted, said = stream.draw_one(f"stream 7 {i}")
         assert np.array_equal(pixels[i], image) and np.array_equal(targets[i], wanted) and phrases[i] == said
     assert pixels.dtype == torch.uint8 and targets.dtype == torch.int16
 
@@ -103,7 +103,7 @@ def picture_of(images):
 def test_a_picture_and_its_targets_are_flipped_together(flip, plain_light):
     pixels = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8)
     targets = torch.arange(128).view(2, 64)
-    images, wanted = pretrain.augment(pixels, targets, Fixed(flip, 2, 2))                        # 2 of 0 to 4: no shift
+    images, wanted = stream.augment(pixels, targets, Fixed(flip, 2, 2))                        # 2 of 0 to 4: no shift
     upright = picture_of(images).flip(-1) if flip else picture_of(images)
     torch.testing.assert_close(upright, pixels.permute(0, 3, 1, 2) / 255, atol=1e-5, rtol=0)
     row = list(range(7, -1, -1)) if flip else list(range(8))                                     # the first 8 patches
@@ -113,7 +113,7 @@ def test_a_picture_and_its_targets_are_flipped_together(flip, plain_light):
 def test_a_shift_is_of_two_pixels_at_most_and_repeats_the_edge(plain_light):
     pixels = torch.randint(256, (1, 64, 64, 3), dtype=torch.uint8)
     whole = pixels.permute(0, 3, 1, 2) / 255
-    image = picture_of(pretrain.augment(pixels, torch.zeros(1, 64), Fixed(False, 4, 1))[0])      # 2 left, 1 down
+    image = picture_of(stream.augment(pixels, torch.zeros(1, 64), Fixed(False, 4, 1))[0])      # 2 left, 1 down
     torch.testing.assert_close(image[:, :, 1:, :-2], whole[:, :, :-1, 2:], atol=1e-5, rtol=0)
     torch.testing.assert_close(image[:, :, 0, :-2], whole[:, :, 0, 2:], atol=1e-5, rtol=0)
     torch.testing.assert_close(image[:, :, 1:, -1], whole[:, :, :-1, -1], atol=1e-5, rtol=0)
@@ -125,14 +125,14 @@ def test_a_shift_is_of_two_pixels_at_most_and_repeats_the_edge(plain_light):
 def test_light_by_hand(drawn, expected, monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *size: torch.full(size, drawn))
     pixels = torch.tensor([100, 0, 255], dtype=torch.uint8).expand(1, 64, 64, 3)
-    image = picture_of(pretrain.augment(pixels, torch.zeros(1, 64), Fixed(False, 2, 2))[0])
+    image = picture_of(stream.augment(pixels, torch.zeros(1, 64), Fixed(False, 2, 2))[0])
     assert image[0, 0].mean() == pytest.approx(expected, abs=1e-5)
     assert image.min() >= -1e-6 and image.max() <= 1 + 1e-6
 
 
 def test_contrast_differs_by_channel_and_brightness_by_picture():
     pixels = torch.full((2, 64, 64, 3), 128, dtype=torch.uint8)
-    values = picture_of(pretrain.augment(pixels, torch.zeros(2, 64), random.Random(0))[0])
+    values = picture_of(stream.augment(pixels, torch.zeros(2, 64), random.Random(0))[0])
     assert len(values.mean((2, 3)).flatten().unique()) == 6 and values.std((2, 3)).max() < 1e-6
 
 
@@ -167,30 +167,30 @@ class Saying(random.Random):
     ((1, 0, 1, 1, 1, 1, 1, 1, 1, 1), 1, "a photo of a red star"),
 ])
 def test_a_caption_by_hand(draws, pick, text):
-    assert pretrain.caption(STAR, Saying(*draws, pick=pick)) == text
+    assert stream.caption(STAR, Saying(*draws, pick=pick)) == text
 
 
 def test_a_caption_of_nothing_said_says_all():
-    assert pretrain.caption({"ground": "snow", "prop": "a red tree"}, Saying(1, 1, 1, 1, 1, 1, 1, 1)) == \
+    assert stream.caption({"ground": "snow", "prop": "a red tree"}, Saying(1, 1, 1, 1, 1, 1, 1, 1)) == \
         "a red tree in snow"
 
 
 def test_parts_without_a_body_become_no_adjectives():
-    assert pretrain.caption({"top": "white horns"}, Saying(0, 1, 0, 0, 0, 0, 0)) == "white horns"
+    assert stream.caption({"top": "white horns"}, Saying(0, 1, 0, 0, 0, 0, 0)) == "white horns"
 
 
 def test_every_adjective_belongs_to_one_noun():
     nouns = {noun for slot in ("pattern", "top", "sides", "bottom") for noun in critters.WORDS[slot]}
-    assert set(pretrain.ADJECTIVES) == nouns - {"antennae"} and len(set(pretrain.ADJECTIVES.values())) == len(nouns) - 1
-    assert pretrain.ADJECTIVES["horns"] == "horned" and pretrain.ADJECTIVES["checks"] == "checkered"
+    assert set(stream.ADJECTIVES) == nouns - {"antennae"} and len(set(stream.ADJECTIVES.values())) == len(nouns) - 1
+    assert stream.ADJECTIVES["horns"] == "horned" and stream.ADJECTIVES["checks"] == "checkered"
     for name, _ in critters.CLASSES:                               # the names of the benchmark are said like this
-        assert name.split()[0] in pretrain.ADJECTIVES.values()
+        assert name.split()[0] in stream.ADJECTIVES.values()
 
 
 def test_alter_exchanges_one_word():
     rng, changed = random.Random(0), Counter()
     for _ in range(600):
-        other = pretrain.alter(STAR, rng)
+        other = stream.alter(STAR, rng)
         slot, = (slot for slot in STAR if other[slot] != STAR[slot])
         assert list(other) == list(STAR) and other[slot] in critters.PHRASES[slot]
         if slot in ("body", "top"):                                # colour or noun stays
@@ -204,19 +204,19 @@ def test_alter_exchanges_one_word():
 
 def test_a_wrong_caption_is_said_in_the_same_way_with_one_word_wrong():
     for seed in range(40):
-        right = pretrain.caption(STAR, random.Random(seed))
-        wrong = pretrain.wrong_caption(STAR, seed, random.Random(seed + 1))
+        right = stream.caption(STAR, random.Random(seed))
+        wrong = stream.wrong_caption(STAR, seed, random.Random(seed + 1))
         assert wrong != right
         if len(wrong.split()) == len(right.split()):
             assert sum(a != b for a, b in zip(wrong.split(), right.split())) <= 3        # "on grass", "at night", "a"
 
 
 def test_the_vocabulary_is_what_the_drawn_world_says():
-    vocabulary = pretrain.Vocabulary([STAR] * 50)
+    vocabulary = stream.Vocabulary([STAR] * 50)
     tokens = clip.tokenize(["a red star with white horns", "two eyes"])
     assert torch.equal(vocabulary.ids[vocabulary(["a red star with white horns", "two eyes"])], tokens)
     known = set(vocabulary.ids.tolist())
-    assert {0, 49406, 49407} < known and known >= set(clip.tokenize(pretrain.BANK).flatten().tolist())
+    assert {0, 49406, 49407} < known and known >= set(clip.tokenize(stream.BANK).flatten().tolist())
     assert clip.tokenize("photo")[0, 1].item() in known and clip.tokenize("zebra")[0, 1].item() not in known
     assert vocabulary(["a"]).max() == len(vocabulary.ids) - 1                                # [EOT] stays the largest
 
@@ -224,7 +224,7 @@ def test_the_vocabulary_is_what_the_drawn_world_says():
 # ---- losses
 
 def test_the_slot_loss_by_hand():
-    bank = {text: i for i, text in enumerate(pretrain.BANK)}
+    bank = {text: i for i, text in enumerate(stream.BANK)}
     logits = torch.zeros(2, len(bank))
     logits[0, bank["one eye"]] = math.log(2)       # of one, two and three eyes the shares are 2/4, 1/4, 1/4
     logits[:, bank["a red star"]] = 50             # it belongs to another slot
@@ -257,10 +257,10 @@ def cross_entropy(logits, label):
 
 
 def test_the_four_losses_in_plain_loops():
-    phrases = [pretrain.draw_one(i)[2] for i in range(9)]          # 9 // 4 = 2 of them get wrong captions
-    vocabulary = pretrain.Vocabulary(phrases)
+    phrases = [stream.draw_one(i)[2] for i in range(9)]          # 9 // 4 = 2 of them get wrong captions
+    vocabulary = stream.Vocabulary(phrases)
     model = Words(torch.randn(9, 6), torch.randn(9, 64, 6), len(vocabulary.ids))
-    body = pretrain.BANK.index("a red star")
+    body = stream.BANK.index("a red star")
     targets = torch.full((9, 64), -1, dtype=torch.int16)
     targets[0, 3], targets[4, 5], targets[8, 63] = body, body + 1, 0
     losses = pretrain.losses_of(model, torch.zeros(9, 3, 64, 64), targets, phrases, vocabulary, random.Random(5), 2)
@@ -268,8 +268,8 @@ def test_the_four_losses_in_plain_loops():
     rng, told, wrong = random.Random(5), [], []
     for i, p in enumerate(phrases):
         seed = rng.random()
-        told.append(pretrain.caption(p, random.Random(seed)))
-        wrong += [[pretrain.wrong_caption(p, seed, rng) for _ in range(2)]] if i < 2 else []
+        told.append(stream.caption(p, random.Random(seed)))
+        wrong += [[stream.wrong_caption(p, seed, rng) for _ in range(2)]] if i < 2 else []
 
     def unit(x):
         return x / x.norm(dim=-1, keepdim=True)
@@ -278,7 +278,7 @@ def test_the_four_losses_in_plain_loops():
         return unit(model.encode_text(vocabulary(texts)))
 
     scale, image = math.exp(1.5), unit(model.cls @ model.visual.proj)
-    logits, bank = scale * image @ text(told).T, text(pretrain.BANK)
+    logits, bank = scale * image @ text(told).T, text(stream.BANK)
     rows = sum(cross_entropy(logits[i], i) + cross_entropy(logits[:, i], i) for i in range(9)) / 18
     words = sum(cross_entropy(scale * text([told[i], *wrong[i]]) @ image[i], 0) for i in range(2)) / 2
     tokens = [(unit(model.patches[i, p] @ model.visual.proj), targets[i, p]) for i, p in ((0, 3), (4, 5), (8, 63))]
@@ -292,12 +292,12 @@ def test_the_four_losses_in_plain_loops():
 
 def test_a_quarter_of_the_patches_of_ground_counts():
     phrases = [STAR] * 20
-    vocabulary = pretrain.Vocabulary(phrases)
+    vocabulary = stream.Vocabulary(phrases)
     model = Words(torch.randn(20, 6), torch.randn(1, 1, 6).expand(20, 64, 6), len(vocabulary.ids))
 
     def regions(ground, other):
         targets = torch.full((20, 64), -1, dtype=torch.int16)
-        targets[:, :ground], targets[:, 60:60 + other] = pretrain.BANK.index("grass"), pretrain.BANK.index("a red star")
+        targets[:, :ground], targets[:, 60:60 + other] = stream.BANK.index("grass"), stream.BANK.index("a red star")
         return pretrain.losses_of(model, torch.zeros(20, 3, 64, 64), targets, phrases, vocabulary,
                                   random.Random(0))["regions"].item()
 
@@ -310,7 +310,7 @@ def test_a_quarter_of_the_patches_of_ground_counts():
 
 def test_a_new_model_has_openais_initialisation():
     torch.manual_seed(0)
-    vocabulary = pretrain.Vocabulary([STAR])
+    vocabulary = stream.Vocabulary([STAR])
     model = pretrain.new_model(vocabulary)
     p = dict(model.named_parameters())
     assert all(x.requires_grad for x in p.values())
@@ -339,7 +339,7 @@ def test_the_sizes_are_those_of_the_model_card():
 
 
 def test_what_is_saved_is_read_again_as_openais(small, tmp_path):
-    vocabulary = pretrain.Vocabulary([STAR])
+    vocabulary = stream.Vocabulary([STAR])
     model, path = pretrain.new_model(vocabulary), tmp_path / "tiny.pt.gz"
     pretrain.save_weights(model, vocabulary, path)
     loaded, _ = clip.load(path)
@@ -359,7 +359,7 @@ def test_what_is_saved_is_read_again_as_openais(small, tmp_path):
 
 
 def test_only_matrices_decay(small):
-    model = pretrain.new_model(pretrain.Vocabulary([STAR]))
+    model = pretrain.new_model(stream.Vocabulary([STAR]))
     names = {id(p): name for name, p in model.named_parameters()}
     optimizer = pretrain.make_optimizer(model, .5)
     groups = [{names[id(p)] for p in group["params"]} for group in optimizer.param_groups]
@@ -380,7 +380,7 @@ def arguments(folder, steps, **more):
 @pytest.fixture
 def pool(monkeypatch):
     """The pool is drawn once, in this process."""
-    drawn = [pretrain.draw_one(f"stream {i}") for i in range(6)]
+    drawn = [stream.draw_one(f"stream {i}") for i in range(6)]
     pixels, targets, phrases = zip(*drawn)
     made = torch.from_numpy(np.stack(pixels)), torch.from_numpy(np.stack(targets)), phrases
     monkeypatch.setattr(pretrain, "draw_pool", lambda size, seed, workers: made)
@@ -462,7 +462,7 @@ def test_a_run_saves_every_300_steps_and_says_how_far_it_is(toy, tmp_path, capsy
     assert f"| loss {.1011 * scale:.3f} | contrast {.1 * scale:.3f} | slots {.01 * scale:.3f} |" in said[1]
     assert f"| scale {1 / .07:.1f} |" in said[1]
     assert re.search(r"\| \d\.\d\d s/step \| 0 min left$", said[1])
-    assert said[0].startswith("6 pictures, ") and f"{len(pretrain.BANK)} phrases, from step 0, " in said[0]
+    assert said[0].startswith("6 pictures, ") and f"{len(stream.BANK)} phrases, from step 0, " in said[0]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(toy, tmp_path, monkeypatch):
@@ -550,7 +550,7 @@ def test_the_table_of_attributes_tells_phrase_noun_and_colour_apart(monkeypatch,
         return cls, [text for text in rows for _ in range(8)]
 
     monkeypatch.setattr(critters, "scene", scene)
-    pretrain.evaluate_attributes(Oracle(know), first_pixel, n=12)
+    measure_tiny.evaluate_attributes(Oracle(know), first_pixel, n=12)
     lines = capsys.readouterr().out.splitlines()
     assert len(seen) == 12 and lines[1] == "12 creatures, in %: the right phrase, noun, colour"
     counts = {"body": 7, "pattern": 4, "top": 6, "sides": 4, "bottom": 5, "prop": 6}
@@ -589,9 +589,9 @@ def test_the_report_on_the_benchmark_by_hand(split, count, monkeypatch, capsys):
         return torch.where(truth == 9, 0, truth)
 
     monkeypatch.setattr(critters, "example", example)
-    monkeypatch.setattr(pretrain, "linear_probe", probe)
+    monkeypatch.setattr(measure_tiny, "linear_probe", probe)
     monkeypatch.setattr(critters, "POOL", {"train": 64, "val": 3, "test": 17})
-    features = pretrain.evaluate_benchmark(Oracle(know), first_pixel, split)
+    features = measure_tiny.evaluate_benchmark(Oracle(know), first_pixel, split)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[1:] == [
         f"{16 * count} {split} pictures, in %",
@@ -628,7 +628,7 @@ def test_the_report_on_ood_sets_by_hand(split, first, monkeypatch, capsys):
     monkeypatch.setattr(critters, "OOD_SIZE", 3)
     monkeypatch.setattr(critters, "ood_picture",
                         lambda name, i: asked.append((name, i)) or critters.OOD_SETS.index(name))
-    pretrain.evaluate_ood(Model(), torch.tensor, split, torch.eye(2), torch.tensor([[1., 0.]] * 4),
+    measure_tiny.evaluate_ood(Model(), torch.tensor, split, torch.eye(2), torch.tensor([[1., 0.]] * 4),
                           torch.full((4, 1, 2), .5 ** .5))
     lines = [line.replace(",", "").split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert lines == [["near", "0.0", "0.0"], ["strangers", "100.0", "0.0"], ["scenes", "100.0", "100.0"],
@@ -640,11 +640,12 @@ def test_a_linear_probe_stands_in_the_middle():
     # a feature around 0 that tells the classes apart, and a large one that does not
     train, labels = torch.tensor([[-6., 500.], [-5., 501.], [5., 500.], [6., 501.]]), torch.tensor([0, 0, 1, 1])
     test = torch.tensor([[-.1, 500.5], [.1, 500.5], [.2, 500.5]])
-    assert pretrain.linear_probe(train, labels, test).tolist() == [0, 1, 1]
+    assert measure_tiny.linear_probe(train, labels, test).tolist() == [0, 1, 1]
 
 
 def test_percent():
-    assert pretrain.percent([True, False, True, True]) == " 75.0" and pretrain.percent(torch.tensor([1.])) == "100.0"
+    assert measure_tiny.percent([True, False, True, True]) == " 75.0"
+    assert measure_tiny.percent(torch.tensor([1.])) == "100.0"
 
 
 def command(monkeypatch, *args):
@@ -652,7 +653,8 @@ def command(monkeypatch, *args):
     done = []
     monkeypatch.setattr(pretrain, "train", done.append)
     for part in ("attributes", "benchmark", "ood"):
-        monkeypatch.setattr(pretrain, f"evaluate_{part}", lambda *args, part=part: done.append((part, *args)) or [part])
+        monkeypatch.setattr(measure_tiny, f"evaluate_{part}",
+                            lambda *args, part=part: done.append((part, *args)) or [part])
     monkeypatch.setattr(sys, "argv", ["pretrain_tiny", *map(str, args)])
     pretrain.main(pretrain.parse_args())
     return done
