@@ -23,8 +23,6 @@ from clip.precision import in_float32, to_joint_space, unit
 from clip.prompts import TEMPLATE, ClassTexts
 from sinkhorn import sinkhorn
 
-FEW_CLASSES = 100    # up to here a GPU encodes all prompts in one pass
-
 
 # ---- Sec. 3.2: patch features ------------------------------------------------------------------------------
 
@@ -293,10 +291,6 @@ class SOTGLP(Method):
         self.class_specific = class_specific
         self.plan_gradient = plan_gradient
         self.stream = "vv" if vv_attention else "qk"
-        # why: with few classes a GPU mostly waits for kernel launches, and one pass for both kinds of prompts
-        # launches half as many; on a CPU two passes are cheaper, since `encode_shared` saves work
-        device = clip_model.logit_scale.device
-        self.in_one_pass = device.type == "cuda" and len(self.class_names) <= FEW_CLASSES
 
         template = self.word_vectors(TEMPLATE)                                     # (M, W)
         M, W = template.shape
@@ -314,7 +308,7 @@ class SOTGLP(Method):
         # differs: the paper does not say how it starts; the identity, as released, is CLIP's own patches
         width = clip_model.visual.proj.shape[0]
         self.local_projection = nn.Parameter(torch.eye(width), requires_grad=local_projection)     # (W, W)
-        self.to(device)
+        self.to(clip_model.logit_scale.device)
 
     def forward(self, features, drawn=None, text_features=None):
         """Figure 1: pictures (B, 3, R, R) or their `features` -> global logits (B, C), local logits (B, C).
@@ -344,12 +338,7 @@ class SOTGLP(Method):
 
     def encode_prompts(self):
         """Global and local prompts with the names of all classes -> unit (C, G, D), (C, L, D).  Eq. 1"""
-        if not self.in_one_pass:
-            return self.encode(self.global_prompts), self.encode(self.local_prompts)
-        C = len(self.class_names)
-        kinds = [prompts.expand(C, -1, -1, -1) for prompts in (self.global_prompts, self.local_prompts)]
-        n_of_each = [kind.shape[1] for kind in kinds]                              # G, L
-        return self.encode(torch.cat(kinds, dim=1)).split(n_of_each, dim=1)
+        return self.text_encoder.encode_both(self.global_prompts, self.local_prompts)
 
     def local(self, patches, text):
         """The local branch: unit patches (B, P, D), texts (C, L, D) -> logits (B, C).  Eq. 7-11"""

@@ -748,8 +748,8 @@ def test_one_pass_for_both_kinds_of_prompts_changes_neither_values_nor_gradients
     for in_one_pass in (False, True):
         torch.manual_seed(0)
         model = SOTGLP(clip_model, ["cat", "annual crop land"], n_global=2, n_local=3, class_specific=class_specific)
-        assert not model.in_one_pass
-        model.in_one_pass = in_one_pass
+        assert not model.text_encoder.in_one_pass
+        model.text_encoder.in_one_pass = in_one_pass
         texts = model.encode_prompts()
         assert [tuple(text.shape) for text in texts] == [(2, 2, 32), (2, 3, 32)]
         sum(text.pow(3).sum() for text in texts).backward()
