@@ -188,7 +188,7 @@ def cache():
 
 
 def download(url):
-    """An address -> its file in the cache, downloaded where it is missing. Raises ValueError for a wrong hash.
+    """An address -> its file in the cache, downloaded if it is missing. Raises ValueError for a wrong hash.
 
     Of the processes that torchrun started, the first of each machine downloads and the others wait. So all of
     them must call this together, and all of them fail where one does.

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import evaluate
-from harness import machine, runs
+from harness import processes, runs
 
 PROJECT = Path(__file__).parent.parent
 PAUSE = 0.2              # seconds between two looks at the running commands
@@ -81,8 +81,8 @@ class Child:
         self.process = None
         self.error = ""
         # why the encoding: output.txt is read in UTF-8
-        self.environment = machine.alone()
-        self.environment |= {machine.STARTED_BY: str(os.getpid()), "PYTHONIOENCODING": "utf-8"}
+        self.environment = processes.alone()
+        self.environment |= {processes.STARTED_BY: str(os.getpid()), "PYTHONIOENCODING": "utf-8"}
         if threads:
             self.environment["OMP_NUM_THREADS"] = str(threads)
         self.start()

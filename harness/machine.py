@@ -1,4 +1,4 @@
-"""What every script needs of the machine: device, precision, processes, a line of progress, files written whole."""
+"""What every script needs of the machine: a device, a precision, a line of progress, files written whole."""
 
 import contextlib
 import csv
@@ -9,7 +9,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from datetime import timedelta
 from importlib.metadata import version
@@ -23,10 +22,14 @@ import torch
 import torch.distributed as dist
 
 from harness import streams
+from harness.processes import (
+    STARTED_BY, end_with_parent, from_environment, rank_and_world, refuse_torchrun, under_torchrun)
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
-# ---- device and precision ----------------------------------------------------------------------------------
+WAIT = timedelta(minutes=60)    # for the other processes, when they start and in every step
 
+
+# ---- what follows from the machine where nothing is said ---------------------------------------------------
 
 def default_model(dataset):
     """The CLIP that goes with a dataset where none is named."""
@@ -44,24 +47,32 @@ def default_amp(device):
 
 
 def default_workers(device):
-    """How many processes read pictures for each that computes, where none are named: up to 8 on a GPU, else none."""
-    # why not all CPUs of the machine: a cluster allows a job some of them
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cpus // from_environment("LOCAL_WORLD_SIZE", 1)) if device.startswith("cuda") else 0
+    """How many processes read pictures for each one that computes: up to 8 on a GPU, else none."""
+    if not device.startswith("cuda"):
+        return 0
+    if hasattr(os, "sched_getaffinity"):
+        # why not all CPUs of the machine: a cluster gives a job some of them
+        cpus = len(os.sched_getaffinity(0))
+    else:
+        cpus = os.cpu_count() or 1
+    return min(8, cpus // from_environment("LOCAL_WORLD_SIZE", 1))
 
 
 def default_text_chunk(device):
-    """How many classes go through the text tower at once, where no number is given.
+    """How many classes go through the text tower at once.
 
-    why more on a GPU: there a chunk costs the launches of its kernels, on a CPU the padding of shorter names.
+    why more on a GPU: there each chunk costs the launches of its kernels. On a CPU a large chunk costs more,
+    because short names are padded to the longest one in it.
     """
     return 1000 if device.startswith("cuda") else 200
 
 
+# ---- device and precision ----------------------------------------------------------------------------------
+
 def check_device(name, amp="off", n_processes=None):
     """Raises ValueError for a device that does not exist here, and for a precision that it lacks.
 
-    n_processes: how many of this machine need one each; as many as torchrun started here where None.
+    n_processes: how many on this machine need a device each; None: as many as torchrun started here.
     """
     try:
         device = torch.device(name)
@@ -70,7 +81,8 @@ def check_device(name, amp="off", n_processes=None):
     if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {name!r} is unknown: give cpu, cuda, or cuda:1 for the second GPU")
     if usable_amp(amp, name) != amp:
-        raise ValueError("--amp fp16 needs a GPU (on CPU it is many times slower than float32): use bf16 or off")
+        raise ValueError("--amp fp16 needs a GPU (on CPU it is many times slower than float32): use bf16 "
+                         "or off")
     if device.type == "cpu":
         return
 
@@ -79,13 +91,14 @@ def check_device(name, amp="off", n_processes=None):
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     n_needed = max((device.index or 0) + 1, n_processes)
     if n_gpus < n_needed:
-        raise ValueError(f"--device {name} needs {n_needed} GPU(s), one for each process, torch sees {n_gpus}: give "
-                         "--device cpu, or start fewer processes")
-    # why not as torch says: it takes an emulation for support, which is slower than float32
+        raise ValueError(f"--device {name} needs {n_needed} GPU(s), one for each process, torch sees "
+                         f"{n_gpus}: give --device cpu, or start fewer processes")
+
+    # why not torch's is_bf16_supported: it counts an emulation, which is slower than float32
     if amp == "bf16" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(device)
-        raise ValueError(f"--amp bf16 needs a GPU of compute capability 8.0 or higher, {name} has {major}.{minor}: "
-                         "give --amp fp16 or off")
+        raise ValueError(f"--amp bf16 needs a GPU of compute capability 8.0 or higher, {name} has "
+                         f"{major}.{minor}: give --amp fp16 or off")
 
 
 def use_device(name, amp="off"):
@@ -96,14 +109,16 @@ def use_device(name, amp="off"):
     refuse_torchrun()
     check_device(name, amp, n_processes=1)
     device = torch.device(name)
-    return set_up_gpu(device.index or 0) if device.type == "cuda" else device
+    if device.type == "cuda":
+        return set_up_gpu(device.index or 0)
+    return device
 
 
 def set_up_gpu(index):
     """Makes a GPU the current one, and settles how torch computes on it -> torch.device."""
     device = torch.device("cuda", index)
-    torch.cuda.set_device(device)         # why: what names no GPU, result.json among it, means this one
-    # why: cuDNN's attention makes a plan for each new shape, in about half a second; texts have many lengths
+    torch.cuda.set_device(device)         # why: calls that name no GPU then mean this one, as in `versions`
+    # why: cuDNN's attention plans for about half a second at each new shape, and texts have many lengths
     torch.backends.cuda.enable_cudnn_sdp(False)
     # why: --amp off means float32, of which TF32 keeps 10 of 23 bits
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -112,24 +127,25 @@ def set_up_gpu(index):
 
 
 def usable_amp(amp, device):
-    """The precision asked for, or "off" where the device lacks it. why: fp16 is many times slower on CPU."""
+    """The precision asked for; "off" for fp16 on a CPU. why: there it is many times slower than float32."""
     return "off" if amp == "fp16" and torch.device(device).type != "cuda" else amp
 
 
 def precision(amp):
-    """What a result says of its precision."""
+    """The precision as a result names it."""
     return amp if amp in HALF else "float32"
 
 
 def autocast(amp, device):
-    """Mixed precision for the towers; amp: "off", "fp16", "bf16". Similarities, transport and losses opt out of it."""
+    """Mixed precision for the towers; amp: "off", "fp16", "bf16". Similarities, transport, losses opt out."""
     return torch.autocast(torch.device(device).type, dtype=HALF.get(amp), enabled=amp in HALF)
 
 
 @functools.cache
 def commit():
-    """The git commit of this program, with "-dirty" where files were changed since; None where there is no git."""
-    command = ["git", "-C", Path(__file__).parent.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The git commit of this program, "-dirty" behind it for changed files; None where there is no git."""
+    folder = Path(__file__).parent.parent
+    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -138,17 +154,15 @@ def commit():
 
 def versions():
     """What the numbers of a run may depend on besides its configuration."""
-    gpu = torch.cuda.is_available()
-    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": version("torchvision"),
-            "numpy": numpy.__version__, "pillow": PIL.__version__, "commit": commit(),
-            "cuda": torch.version.cuda if gpu else None,
-            "gpu": torch.cuda.get_device_name() if gpu else None}
+    has_gpu = torch.cuda.is_available()
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "torchvision": version("torchvision"), "numpy": numpy.__version__, "pillow": PIL.__version__,
+            "commit": commit(),
+            "cuda": torch.version.cuda if has_gpu else None,
+            "gpu": torch.cuda.get_device_name() if has_gpu else None}
 
 
-# ---- processes ---------------------------------------------------------------------------------------------
-
-WAIT = timedelta(minutes=60)    # for the other processes, when they start and in every step
-
+# ---- the device of each process ----------------------------------------------------------------------------
 
 def start_processes(args):
     """Joins the processes that work together, as torchrun starts them -> rank, world size, device.
@@ -165,42 +179,6 @@ def start_processes(args):
     return rank, world, device
 
 
-def rank_and_world():
-    """The number of this process and how many there are, from RANK and WORLD_SIZE; 0, 1 alone.
-
-    Raises ValueError where the environment says that there are others, but not how to find them.
-    """
-    world = from_environment("WORLD_SIZE", 1)
-    if world < 2:
-        return 0, 1
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
-        raise ValueError(f"WORLD_SIZE={world} says that {world} processes work together, but {', '.join(missing)} is "
-                         "not set: start them with torchrun, or unset WORLD_SIZE")
-    rank = from_environment("RANK")
-    if rank >= world:
-        raise ValueError(f"RANK={rank} must be below WORLD_SIZE={world}")
-    return rank, world
-
-
-def from_environment(name, default=0):
-    """A number of processes, or that of one. Raises ValueError for what is no whole number."""
-    text = os.environ.get(name) or str(default)
-    if not text.isdecimal():
-        raise ValueError(f"{name}={text!r} in the environment is not the number that torchrun sets: unset it")
-    return int(text)
-
-
-def under_torchrun():
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def refuse_torchrun():
-    """Raises ValueError where torchrun started a command several times that works as one process."""
-    if under_torchrun() and from_environment("WORLD_SIZE", 1) > 1:
-        raise ValueError("this command works as one process: start it with python, not with torchrun")
-
-
 def own_gpu(device):
     """The index of the GPU of one of several processes. Raises ValueError where nothing says which it is."""
     n_gpus = torch.cuda.device_count()
@@ -209,8 +187,9 @@ def own_gpu(device):
     if n_gpus == 1:                       # why: srun shows each of its tasks one GPU, which then is number 0
         return 0
     if "LOCAL_RANK" not in os.environ:
-        raise ValueError(f"LOCAL_RANK is not set, and this process sees {n_gpus} GPUs: set it to the number of the "
-                         "process on its machine, or show each process one GPU by CUDA_VISIBLE_DEVICES")
+        raise ValueError(f"LOCAL_RANK is not set, and this process sees {n_gpus} GPUs: set it to the number "
+                         "of the process on its machine, or show each process one GPU by "
+                         "CUDA_VISIBLE_DEVICES")
     index = from_environment("LOCAL_RANK")
     if index >= n_gpus:
         raise ValueError(f"LOCAL_RANK={index} asks for GPU {index} of this machine, torch sees {n_gpus}")
@@ -223,49 +202,27 @@ def join(rank, world, device):
     if under_torchrun():
         end_with_parent()
     else:                                 # why: of processes started by hand one may be missing
-        print(f"process {rank} of {world} waits at {place} for the others, up to {WAIT.seconds // 60} minutes",
+        minutes = WAIT.seconds // 60
+        print(f"process {rank} of {world} waits at {place} for the others, up to {minutes} minutes",
               flush=True)
+
     # why gloo: NCCL does not exist on Windows
     backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
     try:
         dist.init_process_group(backend, timeout=WAIT)
     except dist.DistError as error:
-        raise OSError(f"the {world} processes did not meet at {place}: {str(error).splitlines()[0]}") from error
-
-
-# The variable in which a program gives its process id to the commands that must not outlive it.
-STARTED_BY = "SOTGLP_STARTED_BY"
-
-
-def end_with_parent(parent=None):
-    """Ends this process when its parent is gone: the one that it has now, or the one of this id.
-
-    why: ranks would go on writing after torchrun was killed.
-    """
-    parent = parent or os.getppid()
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def alone():
-    """The environment for a command that works alone, whatever this process belongs to."""
-    of_a_group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
-    return {name: value for name, value in os.environ.items() if name not in of_a_group}
+        reason = str(error).splitlines()[0]
+        raise OSError(f"the {world} processes did not meet at {place}: {reason}") from error
 
 
 # ---- what every script prints and writes with --------------------------------------------------------------
-
 
 def progress(steps, label, rank=0, total=None):
     """Passes the steps on. Where stderr is a terminal, rank 0 shows there how many of the total are done."""
     total = len(steps) if total is None else total
     start = time.monotonic()
-    shown = 0.0
+    shown = 0.0                           # when the line was printed last
+
     for i, step in enumerate(steps, 1):
         yield step
         if rank == 0 and sys.stderr.isatty() and time.monotonic() - shown > 0.5:
@@ -278,16 +235,17 @@ def progress(steps, label, rank=0, total=None):
 
 @contextlib.contextmanager
 def plain_errors(hint=""):
-    """Around a script's `main`: what the user can mend ends the program with one line on stderr and exit code 1.
+    """Around a script's `main`. An error that the user can mend ends it with one line and exit code 1.
 
-    Every rank prints its own error. hint: what to do after Ctrl-C or SIGTERM, or a function that says it. A line
-    that cannot be printed stops no run, but a reader who closed the pipe (`| head -1`) ends it quietly.
+    Every rank prints its own error, on stderr. hint: what to do after Ctrl-C or SIGTERM, or a function that
+    says it. A line that cannot be printed stops no run; a reader who closed the pipe (`| head -1`) ends it.
     """
     # why not `rank_and_world`: what is wrong with these variables is an error like others
     of_several = os.environ.get("WORLD_SIZE", "1") not in ("", "1") and os.environ.get("RANK")
     rank = f"rank {os.environ['RANK']}: " if of_several else ""
     if STARTED_BY in os.environ:
         end_with_parent(int(os.environ[STARTED_BY]))
+
     try:
         with streams.safe_streams(), streams.safe_end():
             yield
@@ -296,7 +254,8 @@ def plain_errors(hint=""):
     except KeyboardInterrupt as stop:
         hint = hint() if callable(hint) else hint
         how = "terminated" if isinstance(stop, streams.Terminated) else "interrupted"
-        sys.exit(f"{rank}{how}" + (f": {hint}" if hint else ""))
+        advice = f": {hint}" if hint else ""
+        sys.exit(f"{rank}{how}{advice}")
     except (OSError, ValueError, MemoryError, RuntimeError) as error:
         text = streams.in_words(error)
         if not text:
@@ -312,6 +271,7 @@ def write_whole(path, write):
     stream = {"/dev/stdout": 1, "/dev/stderr": 2}.get(str(path), path)
     if stream != path or (os.path.exists(path) and not os.path.isfile(path)):
         return write_into(stream, write)
+
     real = Path(os.path.realpath(path))
     temporary = real.with_name(f"{real.name[:60]}.tmp{os.getpid()}")   # why 60: a name has 255 bytes at most
     try:

@@ -13,7 +13,7 @@ import ood
 import train as script
 from conftest import train
 from extras import compare, linear_probe, tables, visualize
-from harness import machine, places
+from harness import machine, places, processes
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
              "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
@@ -153,7 +153,7 @@ def test_what_is_left_of_an_environment_does_not_matter_to_other_commands(module
     if argv:
         with pytest.raises(SystemExit, match="^error: "):     # there is no RUN
             module.main(module.parse_args([*argv, "--device", "cpu"]))
-    assert "WORLD_SIZE" not in machine.alone()
+    assert "WORLD_SIZE" not in processes.alone()
 
 
 @pytest.mark.parametrize("module, argv", ALONE)
