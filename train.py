@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import evaluate
-from harness import machine, places, run_pictures, runs
+from harness import machine, places, results, run_pictures, runs
 from harness.agreement import check_agreement, facts, together
 from harness.cached_features import CachedFeatures
 from harness.checkpoints import resume, save_checkpoint, start_from, write_log
@@ -316,7 +316,7 @@ def train(args):
             if run.epochs_done < args.epochs or not (run.folder / "result.json").exists():
                 train_and_test(run)
             elif rank == 0:
-                print(f"{run.folder} is finished\n{evaluate.accuracies_line(runs.read_result(run.folder))}")
+                print(f"{run.folder} is finished\n{results.accuracies_line(runs.read_result(run.folder))}")
 
 
 def train_and_test(run):
@@ -344,9 +344,9 @@ def train_and_test(run):
     counts = evaluate.test(run.model, run.test_set, args.dataset, args.amp, args.workers, run.rank, run.world,
                            args.template)
     if run.rank == 0:
-        evaluate.report(run.folder, run.model, counts, run.fingerprint["config"], run.started,
-                        train_images=len(run.train_set), data=run.fingerprint["data"],
-                        split_matches_published=run.published, world_size=run.world)
+        results.report(run.folder, run.model, counts, run.fingerprint["config"], run.started,
+                       train_images=len(run.train_set), data=run.fingerprint["data"],
+                       split_matches_published=run.published, world_size=run.world)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import paper
 from extras.jobs import Row
 from extras.measures import heading
 from extras.reuse import digests, read_measurement
-from harness import machine, run_pictures, runs
+from harness import machine, results, run_pictures, runs
 from methods import METHODS
 from sotglp import SOTGLP, fuse
 
@@ -138,7 +138,7 @@ def print_rows(rows):
         cells = ""
         for column in COLUMNS:
             found = values.get(column, [])
-            cells += f"{evaluate.mean_and_spread(found):>16s}"
+            cells += f"{results.mean_and_spread(found):>16s}"
             cells += f"{difference(found, full[column]) if found and name != 'full' else '':>18s}"
         label = ROWS[name].label if name in ROWS else name
         print(f"{label:32s}{cells}{paper_difference(name):>12s}".rstrip())

@@ -13,8 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-import evaluate
-from harness import processes, runs
+from harness import processes, results, runs
 
 PROJECT = Path(__file__).parent.parent
 PAUSE = 0.2              # seconds between two looks at the running commands
@@ -66,7 +65,7 @@ def start_ready(waiting, running, at_once, threads):
 
 def report(child, position, left):
     """One line about a job that has ended, more where its error has more."""
-    result = child.error or evaluate.accuracies_line(runs.read_result(child.job.folder))
+    result = child.error or results.accuracies_line(runs.read_result(child.job.folder))
     print(f"{position}: {child.job}: {result}; {left} left", flush=True)
 
 

@@ -17,7 +17,7 @@ import torch
 
 import data
 import evaluate
-from harness import machine, places, run_pictures, runs
+from harness import machine, places, results, run_pictures, runs
 from harness.configuration import folder_name
 from harness.parser import Parser
 from methods.linear_probe import LinearProbe, fit, search
@@ -100,10 +100,10 @@ def main(args):
         if runs.holds_run(folder):
             places.remove(folder, ("last.pt", "log.jsonl", *places.REPORTS))
         parts = {"training": train, "test": test}
-        evaluate.report(folder, model, counts, config, started, c=c, train_images=len(train),
-                        split_matches_published=published, class_names=class_names,
-                        clip_sha256=clip.weights_hash(clip_model),
-                        data={part: run_pictures.digest(items, args.data_root) for part, items in parts.items()})
+        results.report(folder, model, counts, config, started, c=c, train_images=len(train),
+                       split_matches_published=published, class_names=class_names,
+                       clip_sha256=clip.weights_hash(clip_model),
+                       data={part: run_pictures.digest(items, args.data_root) for part, items in parts.items()})
 
 
 if __name__ == "__main__":

@@ -5,11 +5,10 @@ Each measure has one value for each seed; the mean and the standard deviation ar
 
 import statistics
 
-import evaluate
 import paper
 from extras.reuse import read_measurement
 from extras.tables import base_new_cells
-from harness import machine, runs
+from harness import machine, results, runs
 
 # The columns of OOD scores: what ood.py calls its rows, the heads.
 AUROC = {"mcm": "AUROC, MCM", "l_mcm": "AUROC, L-MCM", "gl_mcm": "AUROC, GL-MCM", "own": "AUROC, own"}
@@ -87,7 +86,7 @@ def print_table(args, table):
 
         for name, values in rows.items():
             columns = ("accuracy", *scores, "s/epoch")
-            cells = [evaluate.mean_and_spread(values.get(column, [])) for column in columns]
+            cells = [results.mean_and_spread(values.get(column, [])) for column in columns]
             cells.append(f"{values['parameters'][0]:,}")
             if printed:
                 cells.append(printed.get(args.rows[name].column, ""))
@@ -103,7 +102,7 @@ def print_base_to_new(args, table):
         print_line("", ("base", "new", "harmonic mean", "s/epoch", "parameters"))
         for name, values in rows.items():
             cells = [*base_new_cells([*zip(values["accuracy"], values["new"])]).values()]
-            cells.append(evaluate.mean_and_spread(values.get("s/epoch", [])))
+            cells.append(results.mean_and_spread(values.get("s/epoch", [])))
             cells.append(f"{values['parameters'][0]:,}")
             print_line(args.rows[name].label, cells)
     print("\nThe harmonic mean is that of the two means; its deviation is that of the seeds' own.")

@@ -9,9 +9,11 @@ import statistics
 from pathlib import Path
 
 import paper
-from evaluate import evaluate_run, mean_and_spread, read_alike
+from evaluate import evaluate_run
 from harness import machine, runs
 from harness.parser import Parser
+from harness.results import mean_and_spread
+from harness.runs import read_alike
 from methods import METHODS
 
 

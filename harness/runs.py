@@ -286,6 +286,24 @@ def check_kind(run, checkpoint, other, other_checkpoint):
         raise ValueError(f"{other} is another kind of run than {run}: {differs[0]}; evaluate each alone")
 
 
+def read_alike(folders):
+    """The checkpoints of runs that differ in their seeds alone.
+
+    Raises ValueError for others, and for equal seeds.
+    """
+    checkpoints = [read_checkpoint(run) for run in folders]
+    seen = {}
+    for run, checkpoint in zip(folders, checkpoints):
+        check_kind(folders[0], checkpoints[0], run, checkpoint)
+        config = checkpoint["config"]
+        seeds = (config["seed"], config["split_seed"])
+        if seeds in seen:
+            raise ValueError(f"{run} has the seeds of {seen[seeds]}: a mean over equal runs says nothing; name one "
+                             "of them")
+        seen[seeds] = run
+    return checkpoints
+
+
 def check_shared(model, asking):
     """Raises ValueError where a method learns prompts of each class, which say nothing of other classes."""
     if model.class_specific:

@@ -14,7 +14,7 @@ import clip
 from extras import tables
 import data
 import evaluate
-from harness import machine, runs
+from harness import machine, results, runs
 import sotglp
 from methods.zero_shot import template_features
 import train as train_script
@@ -91,12 +91,12 @@ def test_right_images_are_counted_by_their_true_class(counts):
 
 def test_percentages_are_of_all_images(counts):
     # 4 of 7, 5 of 7, 3 of 7, 2 of 7; a mean over the classes would be another number
-    assert evaluate.percentages(counts) == pytest.approx({
+    assert results.percentages(counts) == pytest.approx({
         "accuracy": 400 / 7, "global_accuracy": 500 / 7, "local_accuracy": 300 / 7, "zero_shot_accuracy": 200 / 7})
 
 
 def test_per_class_file_by_hand(counts, tmp_path):
-    evaluate.write_per_class(tmp_path / "per_class.csv", ["ant", "bee, wild", "moth", "wasp"], counts)
+    results.write_per_class(tmp_path / "per_class.csv", ["ant", "bee, wild", "moth", "wasp"], counts)
     assert (tmp_path / "per_class.csv").read_text().splitlines() == [
         "label,class,images,fused,global,local,zero_shot", "0,ant,4,50.00,75.00,25.00,0.00",
         '1,"bee, wild",2,100.00,50.00,100.00,50.00', "2,moth,1,0.00,100.00,0.00,100.00", "3,wasp,0,,,,"]
@@ -106,7 +106,7 @@ def test_confusion_by_hand(counts, tmp_path):
     # by the fused score, as LOGITS says beside each image: class 0 is taken for 0, 0, 1, 3; class 1 for 1, 1;
     # class 2 for 0
     assert counts.confusion.tolist() == [[2, 1, 0, 1], [0, 2, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
-    evaluate.write_confusion(tmp_path / "confusion.csv", ["ant", "bee, wild", "moth", "ant"], counts.confusion)
+    results.write_confusion(tmp_path / "confusion.csv", ["ant", "bee, wild", "moth", "ant"], counts.confusion)
     first, *rows = csv.reader((tmp_path / "confusion.csv").open())
     assert first == ["true class", "0 ant", "1 bee, wild", "2 moth", "3 ant"]
     assert rows[0] == ["0 ant", "2", "1", "0", "1"] and rows[3] == ["3 ant", "0", "0", "0", "0"]
@@ -254,9 +254,9 @@ def test_several_runs_are_averaged(options, tmp_path, capsys):
 
 def test_mean_and_spread_by_hand():
     # mean of 1, 2, 6: 3 (the median is 2); deviations -2, -1, 3: sqrt((4 + 1 + 9) / 2) = sqrt 7 = 2.6458
-    assert evaluate.mean_and_spread([1, 2, 6]) == "3.00 +- 2.65"
-    assert evaluate.mean_and_spread([1, 2, 6], 1) == "3.0 +- 2.6"
-    assert evaluate.mean_and_spread([84.214]) == "84.21" and evaluate.mean_and_spread([]) == ""
+    assert results.mean_and_spread([1, 2, 6]) == "3.00 +- 2.65"
+    assert results.mean_and_spread([1, 2, 6], 1) == "3.0 +- 2.6"
+    assert results.mean_and_spread([84.214]) == "84.21" and results.mean_and_spread([]) == ""
 
 
 # ---- one's own pictures --------------------------------------------------------------------------------------

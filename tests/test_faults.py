@@ -83,7 +83,8 @@ def test_weights_that_are_not_finite_are_refused_by_name(options, tmp_path):
 
 def test_scores_that_are_not_finite_give_no_accuracy(trained, monkeypatch):
     monkeypatch.setattr("sotglp.SOTGLP.scores", lambda self, outputs: {"fused": outputs[0] * math.nan})
-    assert "the fused scores of some test images are not finite" in error_of(command, evaluate, trained)
+    found = error_of(command, evaluate, trained)
+    assert "the fused scores of some test images are not finite numbers: check the weights, or use --amp off" in found
 
 
 # ---- one writer, and no run lost -----------------------------------------------------------------------------

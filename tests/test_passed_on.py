@@ -216,7 +216,7 @@ def test_evaluate_hands_on_what_it_was_asked(more, changed, monkeypatch):
     words = ("RUN", "--data-root", "/moved", "--workers", 3, "--csv", "all.csv", "--amp", "bf16",
              "--model", "other.pt", *more)
     found = handed(monkeypatch, evaluate, "evaluate_run", command, evaluate, *words)
-    assert found == {"run": "RUN", "checkpoint": "a checkpoint", "device": "cpu", "data_root": "/moved",
+    assert found == {"folder": "RUN", "checkpoint": "a checkpoint", "device": "cpu", "data_root": "/moved",
                      "workers": 3, "csv_file": "all.csv", "amp": "bf16", "model_file": "other.pt",
                      "split": "test", "on": None, "classes": None, **changed}
 
