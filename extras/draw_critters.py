@@ -7,16 +7,22 @@ from PIL import Image, ImageDraw, ImageFont
 
 from harness import machine, places
 from harness.parser import Parser
-from sources.critters import INK, class_names, picture
+from sources.critters import SIZE, class_names, picture
+from sources.figures import INK
 
 
 def sheet():
     """The first training picture of each class, with its name; near-twins of a kind stand side by side."""
-    page = Image.new("RGB", (8 * 132 - 4, 2 * 152 - 4), "white")
+    side = 2 * SIZE
+    width = side + 4                                    # of a cell, with the gap to the next
+    height = 20 + side + 4                              # a name above the picture, and the gap
+    page = Image.new("RGB", (8 * width - 4, 2 * height - 4), "white")
+
     for label, name in enumerate(class_names()):
-        x, y = label % 8 * 132, label // 8 * 152
+        x = label % 8 * width
+        y = label // 8 * height
         ImageDraw.Draw(page).text((x, y), name, INK, ImageFont.load_default(13))
-        page.paste(picture("train", label, 0).resize((128, 128), Image.NEAREST), (x, y + 20))
+        page.paste(picture("train", label, 0).resize((side, side), Image.NEAREST), (x, y + 20))
     return page
 
 

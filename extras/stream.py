@@ -46,6 +46,8 @@ def draw_pool(size, seed, workers):
     with multiprocessing.Pool(workers) as pool:
         drawn = pool.imap(draw_one, (f"stream {seed} {i}" for i in range(size)), chunksize=250)
         pixels, targets, phrases = zip(*drawn)
+        pool.close()
+        pool.join()                            # why: else they are ended by a signal, and may say so
     return torch.from_numpy(np.stack(pixels)), torch.from_numpy(np.stack(targets)), phrases
 
 

@@ -1,8 +1,8 @@
 """A synthetic dataset: drawn critters made of parts, on cluttered grounds, with words for everything shown.
 
 Read top to bottom: words -> a creature and its sentence -> drawing -> the stream of pictures that the tiny
-CLIP learns from -> the few-shot benchmark -> pictures out of distribution. figures.py has what the nouns look
-like, extras/draw_critters.py draws one picture of each class.
+CLIP learns from -> the few-shot benchmark -> pictures out of distribution -> paths. figures.py has what the
+nouns look like, canvas.py draws, extras/draw_critters.py shows one picture of each class.
 
 Everything that has a word is named by a phrase, such as "a red star" or "white horns". The phrase says how it
 is drawn and stands in captions; a mask says where it is. Each picture has its own random.Random: it depends
@@ -15,32 +15,38 @@ import random
 import re
 from dataclasses import dataclass, fields, replace
 
-import numpy as np
-from PIL import Image, ImageDraw
-from sources.figures import BODIES, COLOURS, GROUNDS, INK, PARTS, PATTERNS, box, both, oval, star, tube
-
-SIZE = 64                                             # of a picture; drawn at twice that, for smooth edges
+from sources.canvas import SIZE, Canvas
+from sources.figures import BODIES, COLOURS, GROUNDS, PARTS, box, oval, star, tube
 
 
 # ---- words ----
 
 WORDS = {  # those of the stream and of the benchmark
-    "body": ("blob", "box", "cone", "egg", "star", "heart", "gem"), "pattern": ("stripes", "spots", "checks", "band"),
-    "top": ("horns", "ears", "antennae", "crown", "spikes", "hat"), "sides": ("wings", "claws", "fins", "leaves"),
-    "bottom": ("legs", "boots", "wheels", "tail", "tentacles"), "prop": tuple(PARTS["prop"])}
+    "body": ("blob", "box", "cone", "egg", "star", "heart", "gem"),
+    "pattern": ("stripes", "spots", "checks", "band"),
+    "top": ("horns", "ears", "antennae", "crown", "spikes", "hat"),
+    "sides": ("wings", "claws", "fins", "leaves"),
+    "bottom": ("legs", "boots", "wheels", "tail", "tentacles"),
+    "prop": tuple(PARTS["prop"])}
 UNSEEN = {  # those of the strangers alone
-    "body": ("cross", "moon", "vase"), "pattern": WORDS["pattern"], "top": ("bow", "flames"),
-    "sides": ("bolts", "oars"), "bottom": ("spring", "skis")}
-TEXTURES, UNSEEN_TEXTURES = ("stripes", "spots", "checks", "waves"), ("rings", "bars", "zigzags")
+    "body": ("cross", "moon", "vase"),
+    "pattern": WORDS["pattern"],
+    "top": ("bow", "flames"),
+    "sides": ("bolts", "oars"),
+    "bottom": ("spring", "skis")}
+TEXTURES = ("stripes", "spots", "checks", "waves")
+UNSEEN_TEXTURES = ("rings", "bars", "zigzags")
 
 
 def phrase(colour, noun):
+    """A noun in a colour, with an article where it is one thing."""
     return f"{colour} {noun}" if noun.endswith(("s", "ae")) else f"a {colour} {noun}"
 
 
-PHRASES = {slot: [phrase(colour, noun) for colour in COLOURS for noun in nouns] for slot, nouns in WORDS.items()}
-PHRASES |= {"eyes": ["one eye", "two eyes", "three eyes"],
-            "ground": [*GROUNDS, *(f"a texture of {noun}" for noun in TEXTURES), "a scribble"]}
+PHRASES = {slot: [phrase(colour, noun) for colour in COLOURS for noun in nouns]
+           for slot, nouns in WORDS.items()}
+PHRASES["eyes"] = ["one eye", "two eyes", "three eyes"]
+PHRASES["ground"] = [*GROUNDS, *(f"a texture of {noun}" for noun in TEXTURES), "a scribble"]
 
 
 @dataclass(frozen=True)
@@ -54,108 +60,71 @@ class Critter:
     eyes: str = ""
 
     def phrases(self):
+        """The phrases of the parts that are there, by slot."""
         return {field.name: text for field in fields(self) if (text := getattr(self, field.name))}
 
 
-SLOTS = ("ground", *(field.name for field in fields(Critter)), "prop")    # a mask holds places in this, or
-CLUTTER = 255                                                             # for things without a word
+SLOTS = ("ground", *(field.name for field in fields(Critter)), "prop")    # a mask holds places in this,
+CLUTTER = 255                                                             # or this for things without a word
 
 
 def sentence(said, adjectives=()):
     """Phrases by slot -> "a red star with white horns and two eyes near a blue tree on grass"."""
-    body = " ".join(["a", *adjectives, said["body"].removeprefix("a ")]) if "body" in said else ""
+    things = []                                       # bodies, their parts, props: those that are said
+    if "body" in said:
+        things.append(" ".join(["a", *adjectives, said["body"].removeprefix("a ")]))
     parts = " and ".join(said[slot] for slot in SLOTS[2:7] if slot in said)
-    things = " near ".join(filter(None, [" with ".join(filter(None, [body, parts])), said.get("prop")]))
+    if parts:
+        things = [" with ".join([*things, parts])]
+    if "prop" in said:
+        things.append(said["prop"])
+
     ground = said.get("ground", "")
-    return f"{things} {GROUNDS[ground][0]}" if things and ground in GROUNDS else things or ground
+    if not things:
+        return ground
+    if ground in GROUNDS:
+        return f"{' near '.join(things)} {GROUNDS[ground][0]}"
+    return " near ".join(things)
 
 
 # ---- drawing ----
 
-class Canvas:
-    """A picture at twice its size. Its fourth channel is the mask: which slot each pixel shows.
-
-    why there: one stroke of the pen draws both.
-    """
-
-    def __init__(self, colour, rng):
-        self.rng = rng
-        self.image = Image.new("RGBA", (2 * SIZE, 2 * SIZE), (*self.shade(colour, 24), SLOTS.index("ground")))
-        self.pen = ImageDraw.Draw(self.image)
-        self.turn, self.shift = 1 + 0j, 0j            # of the figure: its point z lies at z * turn + shift
-
-    @property
-    def mask(self):
-        return self.image.getchannel("A")
-
-    def shade(self, colour, spread=16):
-        """A colour, or one by name, a little changed."""
-        return tuple(min(255, max(0, c + self.rng.randint(-spread, spread))) for c in COLOURS.get(colour, colour))
-
-    def place(self, smallest, largest, about=0j):
-        """Begins a figure: a random size and turn, and its point `about` somewhere well inside the picture."""
-        size, angle = self.rng.uniform(smallest, largest), self.rng.uniform(-.2, .2)
-        x, y = (SIZE + self.rng.uniform(-1, 1) * max(SIZE - 1.6 * size, SIZE / 8) for _ in "xy")
-        self.turn = size * complex(math.cos(angle), math.sin(angle))
-        self.shift = complex(x, y) - about * self.turn
-
-    def draw(self, polygons, colour, value, origin=0j, scale=1, mirrored=False, edge=INK):
-        """Fills the polygons and outlines them; with no colour, the outline alone."""
-        for polygon in polygons:
-            points = [complex(x, y) * scale + origin for x, y in polygon]
-            for zs in (points, [-z.conjugate() for z in points]) if mirrored else (points,):
-                zs = [z * self.turn + self.shift for z in zs]
-                zs = [(round(z.real), round(z.imag)) for z in zs]
-                if colour:
-                    self.pen.polygon(zs, (*colour, value))
-                self.pen.line([*zs, zs[0]], (*edge, value), 3)
-
-    def paint(self, pattern, colour, value, within):
-        """Paints a pattern, in the figure's coordinates, over the pixels whose mask is `within`."""
-        shown = np.asarray(self.mask) == within
-        y, x = shown.nonzero()
-        z = (x + 1j * y - self.shift) / self.turn
-        shown[shown] = PATTERNS[pattern](z.real, z.imag)
-        self.image.paste((*colour, value), mask=Image.fromarray(shown.astype(np.uint8) * 255))
-
-    def finish(self):
-        """Light and noise -> the picture and its mask (SIZE, SIZE)."""
-        # why this class: numpy keeps its numbers for good
-        noise = np.random.RandomState(self.rng.getrandbits(32))
-        x = np.linspace(-1, 1, SIZE)
-        light = self.rng.uniform(.8, 1.15) + self.rng.uniform(-.15, .15) * x + self.rng.uniform(-.15, .15) * x[:, None]
-        pixels = np.asarray(self.image.convert("RGB").reduce(2)) * light[..., None]
-        pixels += noise.normal(0, self.rng.uniform(2, 9), pixels.shape)
-        return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8)), np.asarray(self.mask)[::2, ::2]
-
-
 def draw_ground(canvas, noun):
     """Marks all over, then some things without a word."""
+    rng = canvas.rng
     _, colour, mark = GROUNDS[noun]
-    tint = tuple(int(c * .8 + canvas.rng.choice((0, 50))) for c in colour)
-    for _ in range(canvas.rng.randint(15, 35)):
+    tint = tuple(int(c * .8 + rng.choice((0, 50))) for c in colour)
+    for _ in range(rng.randint(15, 35)):
         canvas.place(4, 9)
-        canvas.draw([mark], tint, 0, edge=tint)
-    for _ in range(canvas.rng.randint(0, 5)):
+        canvas.draw([mark], tint, SLOTS.index("ground"), edge=tint)
+
+    clutter = (oval(0, 0, 1, .8), box(-1, -.7, 1, .7), star(3, .6), tube(.2, (-2, 0), (2, 0)))
+    for _ in range(rng.randint(0, 5)):
         canvas.place(3, 8)
-        figure = canvas.rng.choice((oval(0, 0, 1, .8), box(-1, -.7, 1, .7), star(3, .6), tube(.2, (-2, 0), (2, 0))))
+        figure = rng.choice(clutter)
         canvas.draw([figure], canvas.shade((128, 128, 128), 108), CLUTTER)
 
 
 def draw_part(canvas, slot, text, origin=0j):
     """A part or a prop, with its own origin at a point of the figure."""
     colour, noun = text.split()[-2:]
-    polygons = PARTS[slot][noun]
-    jitter = canvas.rng.uniform(-.1, .1) * (1j if slot == "sides" else 1)
-    canvas.draw(polygons, canvas.shade(colour), SLOTS.index(slot), origin + jitter, canvas.rng.uniform(.85, 1.2),
-                mirrored=slot == "sides")
+    direction = 1j if slot == "sides" else 1          # parts at the sides move up and down, others sideways
+    origin += canvas.rng.uniform(-.1, .1) * direction
+    shade = canvas.shade(colour)
+    scale = canvas.rng.uniform(.85, 1.2)
+    canvas.draw(PARTS[slot][noun], shade, SLOTS.index(slot), origin, scale, mirrored=slot == "sides")
+
+
+EYES = {"one eye": (0,), "two eyes": (-.25, .25), "three eyes": (-.46, 0, .46)}     # where they are
 
 
 def draw_face(canvas, eyes):
+    """Eyes and a mouth."""
     value = SLOTS.index("eyes")
-    for x in {"one eye": (0,), "two eyes": (-.25, .25), "three eyes": (-.46, 0, .46)}[eyes]:
+    for x in EYES[eyes]:
         canvas.draw([oval(x, -.1, .23, .23)], (250, 250, 250), value)
-        canvas.draw([oval(x + canvas.rng.uniform(-.06, .06), -.08, .07, .07)], (10, 10, 10), value)
+        pupil = x + canvas.rng.uniform(-.06, .06)
+        canvas.draw([oval(pupil, -.08, .07, .07)], (10, 10, 10), value)
     canvas.draw([tube(.04, (-.2, .28), (0, .38), (.2, .28))], (60, 20, 30), value)
 
 
@@ -164,22 +133,30 @@ def draw_critter(canvas, critter):
     outline, top, side, bottom = BODIES[critter.body.split()[-1] if critter.body else "blob"]
     origins = {"bottom": bottom * 1j, "sides": side + 0j, "top": top * 1j}
     shown = critter.phrases()
-    canvas.place(*((24, 34) if critter.body else (20, 40)), 0j if critter.body else origins[[*shown][0]].imag * 1j)
+    if critter.body:
+        canvas.place(24, 34)
+    else:
+        canvas.place(20, 40, origins[next(iter(shown))].imag * 1j)
+
     for slot in ("bottom", "sides", "body", "pattern", "top", "eyes"):
-        text, value = shown.get(slot), SLOTS.index(slot)
-        if text and slot in origins:
+        if slot not in shown:
+            continue
+        text = shown[slot]
+        value = SLOTS.index(slot)
+        if slot in origins:
             draw_part(canvas, slot, text, origins[slot])
-        elif text and slot == "body":
+        elif slot == "body":
             canvas.draw([outline], canvas.shade(text.split()[-2]), value)
-        elif text and slot == "pattern":
-            canvas.paint(text.split()[-1], canvas.shade(text.split()[-2]), value, within=SLOTS.index("body"))
+        elif slot == "pattern":
+            colour, noun = text.split()[-2:]
+            canvas.paint(noun, canvas.shade(colour), value, within=SLOTS.index("body"))
             canvas.draw([outline], None, SLOTS.index("body"))
-        elif text:
+        else:
             draw_face(canvas, text)
 
 
 def scene(rng, critter=None, prop=""):
-    """A ground, a prop or none, a creature or none -> picture, mask, and by slot every phrase that is true of it."""
+    """A ground, and a prop and a creature where given -> picture, mask, every phrase that is true by slot."""
     ground = rng.choice(list(GROUNDS))
     canvas = Canvas(GROUNDS[ground][1], rng)
     draw_ground(canvas, ground)
@@ -196,11 +173,13 @@ def scene(rng, critter=None, prop=""):
 
 def texture(rng, families):
     """A pattern in two colours all over."""
-    family, (first, second) = rng.choice(families), rng.sample(list(COLOURS), 2)
+    family = rng.choice(families)
+    first, second = rng.sample(list(COLOURS), 2)
+    ground = SLOTS.index("ground")
     canvas = Canvas(first, rng)
     canvas.place(12, 40)
     canvas.turn *= 1j ** rng.uniform(0, 4)
-    canvas.paint(family, canvas.shade(second), 0, within=0)
+    canvas.paint(family, canvas.shade(second), ground, within=ground)
     return *canvas.finish(), {"ground": f"a texture of {family}"}
 
 
@@ -208,13 +187,21 @@ def scribble(rng, sharp=False):
     """Wandering lines, smooth or sharp."""
     canvas = Canvas(rng.choice(list(COLOURS)), rng)
     for _ in range(rng.randint(2, 6)):
-        line, angle = [complex(rng.uniform(0, 2 * SIZE), rng.uniform(0, 2 * SIZE))], rng.uniform(0, 6)
-        for _ in range(rng.randint(8, 30)):
-            angle += rng.uniform(1, 5) if sharp else rng.gauss(0, .5)
-            line.append(line[-1] + (rng.uniform(12, 40) if sharp else 8) * complex(math.cos(angle), math.sin(angle)))
-        colour = canvas.shade(rng.choice(list(COLOURS)))
-        canvas.pen.line([(z.real, z.imag) for z in line], (*colour, SLOTS.index("ground")), rng.randint(2, 6))
+        points = wander(rng, sharp)
+        colour = (*canvas.shade(rng.choice(list(COLOURS))), SLOTS.index("ground"))
+        canvas.pen.line([(z.real, z.imag) for z in points], colour, rng.randint(2, 6))
     return *canvas.finish(), {"ground": "a scribble"}
+
+
+def wander(rng, sharp):
+    """The points of one line: short steps that turn a little, or sharp turns after long ones."""
+    points = [complex(rng.uniform(0, 2 * SIZE), rng.uniform(0, 2 * SIZE))]
+    angle = rng.uniform(0, 6)
+    for _ in range(rng.randint(8, 30)):
+        angle += rng.uniform(1, 5) if sharp else rng.gauss(0, .5)
+        length = rng.uniform(12, 40) if sharp else 8
+        points.append(points[-1] + length * complex(math.cos(angle), math.sin(angle)))
+    return points
 
 
 # ---- the stream that the tiny CLIP learns from ----
@@ -223,16 +210,20 @@ def random_critter(rng, words=WORDS, missing=.12):
     """A creature of random words; each part but the body may be missing, the pattern more often."""
     parts = {slot: phrase(rng.choice(list(COLOURS)), rng.choice(words[slot])) for slot in SLOTS[1:6]}
     parts["eyes"] = rng.choice(PHRASES["eyes"])
-    chance = {"body": 0, "pattern": .4}
-    return Critter(**{slot: "" if rng.random() < chance.get(slot, missing) else text for slot, text in parts.items()})
+    chances = {"body": 0, "pattern": .4}              # of being missing
+    for slot in parts:
+        if rng.random() < chances.get(slot, missing):
+            parts[slot] = ""
+    return Critter(**parts)
 
 
 def random_prop(rng, chance=.6):
+    """A prop, or none."""
     return rng.choice(PHRASES["prop"]) if rng.random() < chance else ""
 
 
 def sample(rng):
-    """One example of the stream -> picture, mask (SIZE, SIZE), phrases by slot; `sentence` makes a caption of these.
+    """One example of the stream -> picture, mask (SIZE, SIZE), phrases by slot; `sentence` makes captions.
 
     Whole creatures; single parts and bodies; scenes without a creature; textures; scribbles.
     """
@@ -242,7 +233,10 @@ def sample(rng):
     if kind == "scribble":
         return scribble(rng)
     slot = rng.choice(("body", "body", "top", "sides", "bottom"))
-    critter = {"critter": random_critter(rng), "part": Critter(**{slot: rng.choice(PHRASES[slot])})}.get(kind)
+    # why both, whatever the kind: without one of them all pictures of the stream would be others
+    whole = random_critter(rng)
+    part = Critter(**{slot: rng.choice(PHRASES[slot])})
+    critter = {"critter": whole, "part": part, "scene": None}[kind]
     return scene(rng, critter, random_prop(rng, .9 if kind == "scene" else .4))
 
 
@@ -250,13 +244,16 @@ def sample(rng):
 
 KINDS = (
     (Critter("a red star", "", "", "blue wings", "green boots", "two eyes"), "top",
-     {"horned": "white horns", "spiky": "purple spikes", "crowned": "a yellow crown", "long-eared": "black ears"}),
+     {"horned": "white horns", "spiky": "purple spikes", "crowned": "a yellow crown",
+      "long-eared": "black ears"}),
     (Critter("a blue egg", "", "a yellow hat", "", "pink legs", "one eye"), "sides",
      {"winged": "red wings", "clawed": "white claws", "finned": "purple fins", "leafy": "green leaves"}),
     (Critter("a pink heart", "black spots", "blue antennae", "white fins", "", "two eyes"), "bottom",
-     {"booted": "green boots", "wheeled": "black wheels", "tailed": "a yellow tail", "tentacled": "purple tentacles"}),
+     {"booted": "green boots", "wheeled": "black wheels", "tailed": "a yellow tail",
+      "tentacled": "purple tentacles"}),
     (Critter("a green box", "yellow stripes", "", "purple claws", "black wheels", "three eyes"), "top",
-     {"horned": "red horns", "hatted": "a blue hat", "crowned": "a white crown", "long-eared": "black ears"}))
+     {"horned": "red horns", "hatted": "a blue hat", "crowned": "a white crown",
+      "long-eared": "black ears"}))
 CLASSES = tuple((f"{hint} {kind.body.removeprefix('a ')}", replace(kind, **{slot: part}))
                 for kind, slot, twins in KINDS for hint, part in twins.items())
 POOL = {"train": 64, "val": 40, "test": 60}           # pictures per class
@@ -273,6 +270,7 @@ def describe(critter):
 
 
 def descriptions():
+    """Those of the classes, by label."""
     return [describe(critter) for _, critter in CLASSES]
 
 
@@ -295,8 +293,10 @@ def relative(rng):
     """A class's body, shape and colour; all else is drawn anew, and no near-twin has any of it."""
     critter = rng.choice(CLASSES)[1]
     taken = {text for _, twin in CLASSES if twin.body == critter.body for text in twin.phrases().values()}
-    return replace(critter, **{slot: rng.choice([text for text in PHRASES[slot] if text not in taken])
-                               for slot in ("pattern", "top", "sides", "bottom", "eyes")})
+    parts = {}
+    for slot in ("pattern", "top", "sides", "bottom", "eyes"):
+        parts[slot] = rng.choice([text for text in PHRASES[slot] if text not in taken])
+    return replace(critter, **parts)
 
 
 OOD = {
@@ -305,7 +305,8 @@ OOD = {
     "scenes": lambda rng: scene(rng, None, random_prop(rng, 1)),
     "textures": lambda rng: texture(rng, UNSEEN_TEXTURES),
     "scribbles": lambda rng: scribble(rng, sharp=True)}
-OOD_SETS, OOD_SIZE = tuple(OOD), 200
+OOD_SETS = tuple(OOD)
+OOD_SIZE = 200                                        # pictures of each
 
 
 def ood_picture(name, index):
@@ -322,7 +323,8 @@ def paths(name):
     """Paths and labels of all pictures of a split, or of an OOD set, where the label is -1."""
     if name in OOD_SETS:
         return [(f"critters/ood/{name}/{index}", -1) for index in range(OOD_SIZE)]
-    return [(f"critters/{name}/{label}/{index}", label) for label in range(len(CLASSES)) for index in range(POOL[name])]
+    return [(f"critters/{name}/{label}/{index}", label)
+            for label in range(len(CLASSES)) for index in range(POOL[name])]
 
 
 def is_path(path):
@@ -339,6 +341,8 @@ def read(path):
     if odd and odd not in OOD:
         raise ValueError(f"{path}: the drawn OOD sets are {', '.join(OOD)}")
     try:
-        return ood_picture(odd, int(odd_index)) if odd else picture(split, int(label), int(index))
+        if odd:
+            return ood_picture(odd, int(odd_index))
+        return picture(split, int(label), int(index))
     except IndexError as error:
         raise ValueError(f"{path}: {error}") from error

@@ -23,7 +23,7 @@ def examples(count, draw=critters.sample):
 
 def main_colour(rgb):
     """The colour word nearest to most of these pixels (n, 3), ink aside."""
-    rgb = rgb[np.abs(rgb - np.array(critters.INK)).max(axis=1) > 45]
+    rgb = rgb[np.abs(rgb - np.array(figures.INK)).max(axis=1) > 45]
     names = list(critters.COLOURS)
     distances = [np.square(rgb - np.array(colour)).sum(axis=1) for colour in critters.COLOURS.values()]
     return names[np.bincount(np.argmin(distances, axis=0), minlength=8).argmax()]
@@ -195,7 +195,7 @@ def test_polygons_by_hand():
     ("zigzags", (.30, 2.), (.32, 2.)),                 # at its end |0 - .5| = .5: 5x = 3.0414 - 1.5, x = .3083
 ])
 def test_patterns_by_hand(name, shown, hidden):
-    assert critters.PATTERNS[name](*shown) and not critters.PATTERNS[name](*hidden)
+    assert figures.PATTERNS[name](*shown) and not figures.PATTERNS[name](*hidden)
 
 
 class Fixed(random.Random):
@@ -261,7 +261,7 @@ def test_a_figure_lies_where_its_turn_and_shift_say():
     ys, xs = np.nonzero(np.asarray(canvas.mask) == 5)
     # x from 64 - 40 to 64 - 20, y from 64 + 10 to 64 + 30, and the line around it is 3 wide
     assert (xs.min(), xs.max(), ys.min(), ys.max()) == (23, 45, 73, 95)
-    assert canvas.image.getpixel((34, 84)) == (255, 0, 0, 5) and canvas.image.getpixel((24, 84)) == (*critters.INK, 5)
+    assert canvas.image.getpixel((34, 84)) == (255, 0, 0, 5) and canvas.image.getpixel((24, 84)) == (*figures.INK, 5)
 
 
 def test_a_mirrored_figure_is_drawn_twice_and_without_colour_it_is_an_outline():
@@ -366,7 +366,7 @@ def test_the_drawings_are_those_that_the_tiny_model_was_trained_on(monkeypatch):
             return result
         return call
 
-    monkeypatch.setattr(critters.ImageDraw, "Draw", Pen)
+    monkeypatch.setattr(ImageDraw, "Draw", Pen)
     for name in ("shade", "paint"):
         monkeypatch.setattr(critters.Canvas, name, recorded(getattr(critters.Canvas, name)))
     for words in (critters.WORDS, critters.UNSEEN):
