@@ -15,21 +15,27 @@ from harness import machine, runs
 def text_arrays(model):
     """A model's class names and unit text features, (C, N, D) each, and its map of patches where it has one.
 
-    Raises ValueError for a method whose text features do not say all.
+    Raises ValueError for a method of which the text features are only a part.
     """
-    features = model.encode_prompts() if model.frozen_tower else None
+    name = type(model).__name__
+    if not model.frozen_tower:
+        raise ValueError(f"{name} cannot be exported: its image tower has learned prompts, too, and other "
+                         "programs do not have it")
+    features = model.encode_prompts()
     if features is None:
-        why = "its image tower has learned prompts, too, and other programs do not have it"
-        if model.frozen_tower:
-            why = "its texts depend on the image, or it has none"
-        raise ValueError(f"{type(model).__name__} cannot be exported: {why}")
-    features = features if isinstance(features, tuple) else (features,)
+        raise ValueError(f"{name} cannot be exported: its texts depend on the image, or it has none")
+    if not isinstance(features, tuple):
+        features = (features,)
+
     arrays = {"class_names": numpy.array(model.class_names), "scale": model.scale}
     for name, text in zip(model.text_names, features):
         arrays[f"{name}_text"] = text[:, None] if text.ndim == 2 else text         # (C, N, D)
     if hasattr(model, "local_projection"):
         arrays["local_projection"] = model.local_projection                        # (W, W)
-    return {name: array.cpu().numpy() if torch.is_tensor(array) else array for name, array in arrays.items()}
+    for name, array in arrays.items():
+        if torch.is_tensor(array):
+            arrays[name] = array.cpu().numpy()
+    return arrays
 
 
 def export(run, path, device="cpu", model_file=None):

@@ -1,7 +1,7 @@
 """The options of train.py: those that all methods share, and each method's own.
 
-`python train.py --help`, or a wrong option, needs no torch, whose import takes long: this file imports what
-does only where another method than the paper's is asked for, or when all options are right.
+`python train.py --help`, or a wrong option, needs no torch, whose import takes long. So this file imports
+what needs torch only for another method than the paper's, or when all options are right.
 """
 
 import argparse
@@ -20,7 +20,11 @@ PAPER_OPTIONS = {"n_global": 4, "n_local": 4, "n_support": 10, "epsilon": 0.1, "
 # Flags whose name is not that of the parameter: they switch it off.
 SWITCHES = {"vv_attention": "--no-vv", "class_specific": "--shared-local"}
 
-# What is known about the options of the methods, by their flags; of one method where it needs other words.
+# What --help calls a value of each kind.
+METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+# The help of the methods' options, by flag. Where one method needs other words, its name stands before the
+# flag.
 HELP = {
     "--n-global": "global prompts, shared by all classes",
     "--n-local": "local prompts of each class",
@@ -37,7 +41,8 @@ HELP = {
     "--no-plan-gradient": "hold the transport plan constant, as the released code",
     "--n-context": "learned vectors in front of a class name",
     "--words": "what the context starts from, such as 'a photo of a'; it fixes how many vectors there are",
-    "plotpp --words": "texts of equally many tokens, a text prompt starts from each; docs/methods.md has more",
+    "plotpp --words": "texts of equally many tokens, a text prompt starts from each; docs/methods.md has "
+                      "more",
     "--class-specific": "a context of its own for each class",
     "gallop --top-k": "patches that the local prompts keep, a number for each",
     "locoop --top-k": "classes among which the own label makes a patch foreground",
@@ -45,15 +50,15 @@ HELP = {
     "--lambda-transport": "weight of the transport to the frozen CLIP; 0 is IVLP",
     "--lambda-image": "weight of the distance of image features from those of the frozen CLIP",
     "--lambda-text": "weight of the distance of text features from those of the frozen CLIP",
-    "--average-mean": "epoch that weighs most in the averaged prompts; published: 30 (deviation 30) for ImageNet, "
-                      "Caltech101, Pets, Food101, UCF101, SUN397, 45 (5) for Cars, Flowers, Aircraft, DTD, EuroSAT, "
-                      "all with 50 epochs; 15 (1) for base to new, with 20",
+    "--average-mean": "epoch that weighs most in the averaged prompts; published: 30 (deviation 30) for "
+                      "ImageNet, Caltech101, Pets, Food101, UCF101, SUN397, 45 (5) for Cars, Flowers, "
+                      "Aircraft, DTD, EuroSAT, all with 50 epochs; 15 (1) for base to new, with 20",
     "--average-std": "standard deviation, in epochs, of these weights",
     "--modality": "what the transport compares: joint, image or text",
     "--plan": "exact: permutations of up to 8 images; sinkhorn: entropic, any batch",
     "--depth": "blocks with prompts, from the first; a tower with fewer has them in all",
-    "--stage": "1: learn the image prompts alone, with the score of pooled features; 2: learn both prompts. Published: "
-               "2 with --start-from a run of 1; 2 alone is a run of its own",
+    "--stage": "1: learn the image prompts alone, with the score of pooled features; 2: learn both prompts. "
+               "Published: 2 with --start-from a run of 1; 2 alone is a run of its own",
     "--n-image-prompts": "prompts of the image tower, each with a pass of its own",
     "--n-image-tokens": "tokens of an image prompt",
     "--n-drawn": "prompts that a step takes, of --n-global",
@@ -66,8 +71,8 @@ HELP = {
 def parse_args(argv=None, description=None):
     """The options of the method that --method names. Defaults are the method's recipe.
 
-    Defaults that depend on other options or on the machine are filled in here, so that the saved configuration
-    is complete.
+    Defaults that depend on other options or on the machine are filled in here. So the saved configuration is
+    complete.
     """
     first = Parser("", "", add_help=False)
     first.add_argument("--method", default="sotglp")
@@ -78,6 +83,7 @@ def parse_args(argv=None, description=None):
     if isinstance(known.resume, str) and known.resume.strip():
         from harness.configuration import saved_options  # why here and below: it needs torch
         saved = saved_options(known.resume)
+
     parser = make_parser(saved.get("method", known.method), known.dataset, description)
     args, unknown = parser.parse_known_args(argv, argparse.Namespace(**saved))
 
@@ -90,6 +96,7 @@ def parse_args(argv=None, description=None):
     if unknown:
         parser.error(f"{args.method} has no {' '.join(unknown)}: {parser.near(unknown)}"
                      f"--method {args.method} --help lists what it has")
+
     from harness.configuration import fill_in
     fill_in(args, parser.parse_args([]), given(parser, argv), is_new=not saved)
     return args
@@ -114,7 +121,8 @@ def make_parser(method, dataset, description=None):
     if method not in methods:
         parser.error(f"no method is called {method!r}: {near([method], methods)}there are "
                      + ", ".join(methods))
-    options, recipe = (PAPER_OPTIONS, PAPER_RECIPE) if method == "sotglp" else options_of(method, dataset)
+
+    options, recipe = options_of(method, dataset)
     add_data_options(parser.add_argument_group("what is trained on what").add_argument, method, methods)
     add_recipe_options(parser.add_argument_group("recipe, Sec. 4").add_argument)
     add_machine_options(parser.add_argument_group("machine").add_argument)
@@ -131,7 +139,9 @@ def method_names():
 
 
 def options_of(method, dataset):
-    """A method's own options and its recipe, as {option: default} both."""
+    """A method's own options and its recipe, {option: default} each."""
+    if method == "sotglp":
+        return PAPER_OPTIONS, PAPER_RECIPE
     from methods import METHODS, OPTIONS  # why here: they need torch
     return OPTIONS[method], METHODS[method].recipe(dataset)
 
@@ -142,10 +152,11 @@ def add_data_options(add, method, methods):
         help=", ".join(methods) + " (%(default)s)")
     add("--dataset", metavar="NAME", choices=DATASETS, default="critters",
         help=f"critters, which needs no files, or {', '.join(trained[1:])} (%(default)s)")
-    add("--data-root", metavar="DIR", help="folder that holds the datasets' folders; for `folder` that of your "
-        "own pictures ($DATA_ROOT, else ./data)")
-    add("--model", metavar="NAME", help="ViT-B/16, ViT-B/32, ViT-L/14, tiny, or a weights file (tiny for "
-        "critters, else ViT-B/16)")
+    add("--data-root", metavar="DIR",
+        help="folder that holds the datasets' folders; for `folder` that of your own pictures ($DATA_ROOT, "
+             "else ./data)")
+    add("--model", metavar="NAME",
+        help="ViT-B/16, ViT-B/32, ViT-L/14, tiny, or a weights file (tiny for critters, else ViT-B/16)")
     add("--activation", choices=("quickgelu", "gelu"), default="quickgelu",
         help="of somebody's weights file (%(default)s)")
     add("--template", metavar="TEXT", help="prompt of the zero-shot row, {} is the class (the dataset's)")
@@ -153,7 +164,8 @@ def add_data_options(add, method, methods):
         help="base: the first half; evaluate.py --classes new tests the others")
     add("--shots", metavar="N", type=int, default=16,
         help="training images per class, 0 for all (%(default)s)")
-    add("--held-out", type=float, metavar="SHARE", help="of `folder` without test/, kept for the test (0.5)")
+    add("--held-out", type=float, metavar="SHARE",
+        help="of `folder` without test/, kept for the test (0.5)")
     add("--test-split", choices=("test", "val"), default="test",
         help="val leaves the test unread (%(default)s)")
     add("--seed", metavar="N", type=int, default=1,
@@ -170,7 +182,8 @@ def add_recipe_options(add):
     add("--batch-size", metavar="N", type=int, help="global batch, split over the processes (%(default)s)")
     add("--lr", metavar="X", type=float, help="peak learning rate of SGD (%(default)s)")
     add("--weight-decay", metavar="X", type=float, help="acts on all that is learned (%(default)s)")
-    add("--start-from", metavar="RUN", help="begin with what a run of the same method and classes has learned")
+    add("--start-from", metavar="RUN",
+        help="begin with what a run of the same method and classes has learned")
 
 
 def add_machine_options(add):
@@ -185,8 +198,9 @@ def add_machine_options(add):
 
 
 def add_folder_options(group):
-    group.add_argument("--output-dir", metavar="DIR", help="(runs/<dataset>-<shots>shot-seed<seed>, with the "
-                       "method and the options that are not the usual ones)")
+    group.add_argument("--output-dir", metavar="DIR",
+                       help="(runs/<dataset>-<shots>shot-seed<seed>, with the method and the options that are "
+                            "not the usual ones)")
     either = group.add_mutually_exclusive_group()
     either.add_argument("--resume", nargs="?", const=True, default=False, metavar="RUN",
                         help="go on with the run in the output folder, or with RUN and its options "
@@ -196,22 +210,25 @@ def add_folder_options(group):
 
 
 def add_method_options(add, method, options):
+    """A flag for each option of a method; its kind follows from the default."""
     for option, default in options.items():
-        flag = "--" + option.replace("_", "-")
+        name = option.replace("_", "-")
+        flag = f"--{name}"
         if default is True:
-            flag = SWITCHES.get(option, "--no-" + flag[2:])
+            flag = SWITCHES.get(option, f"--no-{name}")
         text = HELP.get(f"{method} {flag}", HELP.get(flag, ""))
+
         if default is True:
             add(flag, dest=option, action="store_false", help=text)
         elif default is False:
             add(flag, action="store_true", help=text)
         elif isinstance(default, tuple):
             kind = type(default[0])
-            add(flag, type=kind, nargs="+", metavar="TEXT" if kind is str else "N", default=[*default],
+            add(flag, type=kind, nargs="+", metavar=METAVARS[kind], default=[*default],
                 help=f"{text} (%(default)s)")
         elif default is None:       # of a text in --words, of a number elsewhere
             kind = str if option == "words" else int
-            add(flag, type=kind, metavar="TEXT" if kind is str else "N", help=text)
+            add(flag, type=kind, metavar=METAVARS[kind], help=text)
         else:
-            metavar = {int: "N", float: "X", str: "TEXT"}[type(default)]
-            add(flag, type=type(default), metavar=metavar, default=default, help=f"{text} (%(default)s)")
+            kind = type(default)
+            add(flag, type=kind, metavar=METAVARS[kind], default=default, help=f"{text} (%(default)s)")

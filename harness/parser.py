@@ -1,4 +1,4 @@
-"""A parser of options with a short help and errors of one line. It needs no torch, whose import takes long."""
+"""A parser of options with a short help and errors of one line. It needs no torch, which loads slowly."""
 
 import argparse
 import difflib
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def near(words, known):
-    """What may have been meant by unknown words: "did you mean --shots? ", or "" where nothing is near."""
+    """A guess at what unknown words mean: "did you mean --shots? ", or "" where nothing is near."""
     found = []
     for word in words:
         found += difflib.get_close_matches(word, known, n=1)
@@ -16,16 +16,19 @@ def near(words, known):
 
 
 def at_home(value):
-    """A value of an option with ~ at its start resolved; the same for a list of them."""
+    """A value of an option, or a list of them, with the user's folder in place of ~ at the start."""
     if isinstance(value, list):
         return [at_home(one) for one in value]
-    return type(value)(os.path.expanduser(value)) if isinstance(value, (str, Path)) else value
+    if isinstance(value, (str, Path)):
+        return type(value)(os.path.expanduser(value))
+    return value
 
 
 class Parser(argparse.ArgumentParser):
-    """usage: the command with its arguments; docstring: the command's, whose first two paragraphs the help shows.
+    """usage: the command with its arguments; docstring: that of the command.
 
-    why no abbreviations: each new option could make them ambiguous; a near miss is named instead.
+    The help shows the docstring's first two paragraphs. why no abbreviations: each new option could make them
+    ambiguous; a near miss is named instead.
     """
 
     def __init__(self, usage, docstring, **more):
@@ -42,7 +45,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def near(self, unknown):
-        """What options may have been meant, as `near` says it."""
+        """A guess at which options unknown words mean, as `near` says it."""
         options = [word.partition("=")[0] for word in unknown if word.startswith("--")]
         return near(options, re.findall(r"--[\w-]+", self.format_help()))
 
@@ -58,8 +61,8 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             value = getattr(args, action.dest, None)
             texts = value if isinstance(value, list) else [value]
-            # why not device: it has a message of its own
-            if action.dest != "device" and any(isinstance(text, str) and not text.strip() for text in texts):
+            has_empty = any(isinstance(text, str) and not text.strip() for text in texts)
+            if has_empty and action.dest != "device":    # why not device: it has a message of its own
                 self.error(f"{(action.option_strings or [action.metavar])[0]} is empty")
 
     def error(self, message):

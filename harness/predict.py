@@ -32,7 +32,9 @@ def likeliest(logits, scores, top=5):
     B, C = logits.shape
     best = logits.float().softmax(dim=1).topk(min(top, C))                         # (B, top)
     first = best.indices[:, :1]                                                    # (B, 1)
-    by_score = {name: score.float().softmax(dim=1).gather(1, first)[:, 0].tolist() for name, score in scores.items()}
+    by_score = {}                                                                  # {score: B probabilities}
+    for name, score in scores.items():
+        by_score[name] = score.float().softmax(dim=1).gather(1, first)[:, 0].tolist()
 
     found = []
     for i, (labels, probabilities) in enumerate(zip(best.indices.tolist(), best.values.tolist())):
@@ -42,11 +44,11 @@ def likeliest(logits, scores, top=5):
 
 
 def predict(model, paths, top=5, batch_size=100):
-    """Yields (path, [(class name, probability), ...]), the likeliest class first, for pictures as people see them.
+    """Yields (path, [(class name, probability), ...]) for each picture, the likeliest class first.
 
-    model: from `evaluate.load_run`. paths: of files, or PIL images; one of them, or any number, read as they come.
-    Raises ValueError that names a picture which cannot be read, when its turn comes, and for a top or a batch size
-    below 1; TypeError for what is neither a path nor a PIL image.
+    model: from `evaluate.load_run`. paths: one path or PIL image, or any number of them; they are read as
+    they come, and as people see them. Raises ValueError for a top or a batch size below 1, and for a picture
+    that cannot be read, when its turn comes; TypeError for what is neither a path nor a PIL image.
     """
     if not (top >= 1 and batch_size >= 1):
         raise ValueError(f"top and batch_size must be at least 1, got {top} and {batch_size}")
@@ -66,28 +68,32 @@ def named(found, class_names):
 def check_kind(picture):
     """Raises TypeError for what is neither a path nor a PIL image, with the call that makes one of it."""
     if not isinstance(picture, (str, os.PathLike, Image.Image)):
-        raise TypeError(f"a picture is a path or a PIL image, not {type(picture).__name__}: Image.open(file) makes "
-                        "one of an open file, Image.fromarray(array) of a NumPy array of uint8 (height, width, 3)")
+        raise TypeError(f"a picture is a path or a PIL image, not {type(picture).__name__}: Image.open(file) "
+                        "makes one of an open file, Image.fromarray(array) of a NumPy array of uint8 "
+                        "(height, width, 3)")
 
 
 @torch.no_grad()
 def predictions(model, pictures, top=5, batch_size=100, workers=1):
-    """Yields (picture, Prediction), or (picture, ValueError) for one that cannot be read; workers: threads."""
+    """Yields (picture, Prediction), or (picture, ValueError) for one that cannot be read.
+
+    workers: how many threads read pictures.
+    """
     device = model.clip.logit_scale.device
     dtype = model.clip.logit_scale.dtype
     if dtype != torch.float32:
-        raise ValueError(f"the model must be in float32, as load_run gives it, found {dtype}: autocast computes in "
-                         "less")
+        raise ValueError(f"the model must be in float32, as load_run gives it, found {dtype}: autocast "
+                         "computes in less")
     if isinstance(pictures, (str, os.PathLike, Image.Image)):
         pictures = [pictures]
     pictures = enumerate(pictures, start=1)
     read = functools.partial(read_as_tensor, transform=clip.preprocess(model.clip.visual.resolution))
     model.eval()
-    text_features = model.encode_prompts()                   # why here: the prompts do not change between images
+    text_features = model.encode_prompts()               # why here: the prompts are the same for all images
 
-    with ThreadPoolExecutor(max(1, workers)) as pool:        # why threads: Pillow decodes outside Python's lock
+    with ThreadPoolExecutor(max(1, workers)) as pool:    # why threads: Pillow decodes outside Python's lock
         while batch := [*itertools.islice(pictures, batch_size)]:
-            images = [*pool.map(read, batch)]                                      # (3, R, R) each, or ValueError
+            images = [*pool.map(read, batch)]            # (3, R, R) each, or ValueError
             readable = [image for image in images if torch.is_tensor(image)]
             found = []
             if readable:
@@ -96,46 +102,49 @@ def predictions(model, pictures, top=5, batch_size=100, workers=1):
 
             found = iter(found)
             for (_, picture), image in zip(batch, images):
-                yield picture, next(found) if torch.is_tensor(image) else image
+                if torch.is_tensor(image):
+                    yield picture, next(found)
+                else:
+                    yield picture, image
 
 
 def read_as_tensor(numbered, transform):
-    """(place, path or PIL image) -> a tensor (3, R, R), or the ValueError that says why the picture cannot be read."""
+    """(place, path or PIL image) -> a tensor (3, R, R), or a ValueError where the picture cannot be read."""
     place, picture = numbered
     check_kind(picture)
     try:
         if not isinstance(picture, Image.Image):
-            return data.to_tensor(data.read_image(os.fspath(picture), as_people_see=True), transform, picture)
-        with data.reading(f"number {place}, a PIL image"):   # why: Pillow reads a file only when it is asked to
+            image = data.read_image(os.fspath(picture), as_people_see=True)
+            return data.to_tensor(image, transform, picture)
+        with data.reading(f"number {place}, a PIL image"):   # why: Pillow may read its file only now
             return transform(data.as_seen(picture))
     except ValueError as error:
         return error
 
 
-# ---- the script ----------------------------------------------------------------------------------------------
+# ---- the script --------------------------------------------------------------------------------------------
 
 def find(arguments):
-    """Files and folders -> the files, with all pictures below the folders; then one line on each thing left out."""
+    """Files and folders -> the files and all pictures below the folders, a line on each thing left out."""
     paths = []
     notes = []
     for argument in itertools.chain(*map(expand, arguments)):
         suffix = os.path.splitext(argument)[1]
-        if not os.path.isdir(argument):
-            if suffix and os.path.exists(argument) and not listing.is_picture(str(argument)):
-                notes.append(f"{argument}: left out, {suffix} is not read as a picture, here as in folders")
-            else:
-                paths.append(argument)
-            continue
-        pictures, others, system = listing.walk(argument)
-        paths += pictures
-        if not pictures:
-            notes.append(f"{argument}: no picture in this folder")
-        notes += [f"{argument}: left out {text}" for text in listing.left_out(others, system)]
+        if os.path.isdir(argument):
+            pictures, others, system = listing.walk(argument)
+            paths += pictures
+            if not pictures:
+                notes.append(f"{argument}: no picture in this folder")
+            notes += [f"{argument}: left out {text}" for text in listing.left_out(others, system)]
+        elif suffix and os.path.exists(argument) and not listing.is_picture(str(argument)):
+            notes.append(f"{argument}: left out, {suffix} is not read as a picture, here as in folders")
+        else:
+            paths.append(argument)
     return paths, notes
 
 
 def expand(argument):
-    """A pattern such as *.jpg -> what fits it, where there is no file of this name. why: Windows leaves it to us."""
+    """A pattern such as *.jpg -> the files that fit it; a name -> itself. why: Windows expands none."""
     if os.path.exists(argument) or not glob.has_magic(str(argument)):
         return [argument]
     found = sorted(glob.glob(str(argument), recursive=True), key=listing.normal)
@@ -152,6 +161,7 @@ def name_files(model, arguments, csv_file=None, batch_size=100, workers=1):
     paths, notes = find(arguments)
     if not paths:
         raise ValueError("\n".join(["there is no picture to name", *notes]))
+
     found = predictions(model, paths, batch_size=batch_size, workers=workers)
     if csv_file:
         found = machine.progress(found, "pictures", total=len(paths))

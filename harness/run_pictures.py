@@ -7,8 +7,8 @@ import data
 from harness import runs
 from sources.listing import normal
 
-# ---- which pictures ----------------------------------------------------------------------------------------
 
+# ---- which pictures ----------------------------------------------------------------------------------------
 
 def load_pictures(config, data_root=None, classes=None):
     """What `data.load` gives for a run's configuration. data_root, classes: in place of the run's own."""
@@ -25,13 +25,13 @@ def root_of(config, data_root=None, dataset=None):
         return data.find_root(dataset or config["dataset"], data_root)
     root = config["data_root"]
     if config["dataset"] != "critters" and not os.path.isdir(root):
-        raise FileNotFoundError(f"there is no folder {root}, which had the pictures of the run: --data-root names "
-                                "where they are now")
+        raise FileNotFoundError(f"there is no folder {root}, which had the pictures of the run: --data-root "
+                                "names where they are now")
     return root
 
 
 def training_pictures(run, checkpoint, data_root=None):
-    """The pictures that a run was trained on. Raises ValueError where they, or its classes, are others now."""
+    """The pictures that a run was trained on. Raises ValueError where they, or its classes, have changed."""
     config = checkpoint["config"]
     items, *_, class_names = load_pictures(config, data_root)
     runs.check_classes(run, checkpoint["class_names"], class_names)
@@ -41,33 +41,37 @@ def training_pictures(run, checkpoint, data_root=None):
 
 
 def unseen_pictures(run, checkpoint, data_root=None, split="test", on=None, classes=None):
-    """What a run is tested on, see `asked_pictures`, without the pictures that it was trained on -> items, class names.
+    """The pictures of `asked_pictures` without those that the run was trained on -> items, class names.
 
-    why: what is held out of a folder of one's own pictures is drawn from what the folder holds now, not then. Says how
-    many are left out, and where a run is not finished. Raises ValueError where no picture is left.
+    Prints how many are left out, and where a run is not finished. Raises ValueError where no picture is left.
+    why: the test pictures among one's own are drawn anew, and the folder may hold others than at training.
     """
-    config, trained = checkpoint["config"], {*checkpoint["training"]}
-    dataset, root = on or config["dataset"], root_of(config, data_root, on)
+    config = checkpoint["config"]
+    root = root_of(config, data_root, on)
     items, class_names = asked_pictures(run, checkpoint, data_root, split, on, classes)
     if checkpoint["epoch"] < config.get("epochs", 0):
         print(f"note: {run} is not finished: it stands at epoch {checkpoint['epoch']} of {config['epochs']}",
               flush=True)
+
+    trained = {*checkpoint["training"]}
     elsewhere = on and os.path.realpath(root) != os.path.realpath(config["data_root"])
-    if dataset != config["dataset"] or elsewhere:          # why: equal names then do not mean equal pictures
+    if elsewhere or (on and on != config["dataset"]):      # why: equal names then do not mean equal pictures
         trained = set()
     unseen = [item for item in items if relative_path(item[0], root) not in trained]
     if len(unseen) < len(items):
-        print(f"note: {run} was trained on {len(items) - len(unseen)} of the {len(items)} {split} pictures of today: "
-              f"they are left out, {len(unseen)} count", flush=True)
+        n_trained = len(items) - len(unseen)
+        print(f"note: {run} was trained on {n_trained} of the {len(items)} {split} pictures of today: they "
+              f"are left out, {len(unseen)} count", flush=True)
     if not unseen:
         raise ValueError(f"{run} was trained on all pictures that are in its {split} part now")
     return unseen, class_names
 
 
 def asked_pictures(run, checkpoint, data_root, split, on, classes):
-    """A run's own test or validation pictures; on: those of another dataset; classes "new": of those that it lacks.
+    """A run's own test or validation pictures -> items, class names.
 
-    -> items, class names. Raises ValueError where the run's own classes are others now, or it lacks none.
+    on: the test pictures of another dataset; classes "new": those of the classes on which it was not trained.
+    Raises ValueError where the run's own classes are others now, and where there are no new classes.
     """
     config = checkpoint["config"]
     if on:                                                 # why 0 shots: no training images are needed
@@ -76,25 +80,33 @@ def asked_pictures(run, checkpoint, data_root, split, on, classes):
         if len(items) != published:
             print(f"note: {on} has {len(items)} test pictures here, {published} as published", flush=True)
         return items, class_names
+
     if classes and config["classes"] != "base":
-        raise ValueError(f"{run} was trained on all classes: --classes new is for runs of train.py --classes base")
+        raise ValueError(f"{run} was trained on all classes: --classes new is for runs of train.py --classes "
+                         "base")
     _, val, test, class_names = load_pictures(config, data_root)
     runs.check_classes(run, checkpoint["class_names"], class_names)
-    return load_pictures(config, data_root, classes)[2:] if classes else (choose(split, val, test), class_names)
+    if classes:
+        return load_pictures(config, data_root, classes)[2:]
+    return choose(split, val, test), class_names
 
 
 def choose(split, val, test):
     """The split that accuracies are measured on, "test" or "val". Raises ValueError where it is empty."""
     if split == "val" and not val:
-        raise ValueError("there are no validation pictures: all are trained on. Give --shots, or a folder val/")
+        raise ValueError("there are no validation pictures: all are trained on. Give --shots, or a folder "
+                         "val/")
     return {"val": val, "test": test}[split]
+
 
 
 # ---- whether they are the same -----------------------------------------------------------------------------
 
 def relative_path(path, root):
     """An item's path below the root, in its normal form. Drawn pictures have no root."""
-    return normal(os.path.relpath(path, os.path.abspath(os.path.expanduser(root)))) if os.path.isabs(path) else path
+    if not os.path.isabs(path):
+        return path
+    return normal(os.path.relpath(path, os.path.abspath(os.path.expanduser(root))))
 
 
 def digest(items, root):
@@ -107,6 +119,7 @@ def check_data(run, before, now):
     """Raises ValueError where a run was started with other pictures; before, now: {part: digest}."""
     for part in now:
         if before.get(part) != now[part]:
-            then = before[part][0] if part in before else "unknown"
-            raise ValueError(f"{run} was started with other {part} pictures ({then} then, {now[part][0]} now, of other "
-                             "names or labels): give the same data by --data-root, or start another run")
+            n_then = before[part][0] if part in before else "unknown"
+            n_now = now[part][0]
+            raise ValueError(f"{run} was started with other {part} pictures ({n_then} then, {n_now} now, of "
+                             "other names or labels): give the same data by --data-root, or start another run")
