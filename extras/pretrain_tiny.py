@@ -161,6 +161,25 @@ def save_checkpoint(path, **state):
     machine.write_whole(path, lambda temporary: torch.save(state, temporary))
 
 
+def resume(path, model, optimizer):
+    """Takes a checkpoint over where there is one -> how many steps are done."""
+    if not os.path.exists(path):
+        return 0
+    saved = torch.load(path, weights_only=True)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"]
+
+
+def weighted(losses, step):
+    """The loss, and its parts as text. Raises RuntimeError, with the parts, for a loss that is not finite."""
+    loss = sum(WEIGHTS[name] * part for name, part in losses.items())
+    parts = " | ".join(f"{name} {part.item():.3f}" for name, part in losses.items())
+    if not torch.isfinite(loss):
+        raise RuntimeError(f"step {step}: loss {loss.item()} | {parts}")
+    return loss, parts
+
+
 def train(args):
     """Trains from the first step, or from where OUTPUT.resume stands, and writes the weights."""
     torch.manual_seed(args.seed)
@@ -171,12 +190,7 @@ def train(args):
     optimizer = make_optimizer(model, args.lr)
 
     checkpoint = args.output + ".resume"
-    first = 0
-    if os.path.exists(checkpoint):
-        saved = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first = saved["step"]
+    first = resume(checkpoint, model, optimizer)
     print(f"{args.pool} pictures, {len(vocabulary.ids)} tokens, {len(BANK)} phrases, from step {first}, "
           f"{time.monotonic() - start:.0f} s", flush=True)
 
@@ -187,10 +201,7 @@ def train(args):
         batch = torch.randint(args.pool, (args.batch_size,))
         images, wanted = augment(pixels[batch], targets[batch], rng)
         losses = losses_of(model, images, wanted, [phrases[i] for i in batch], vocabulary, rng)
-        loss = sum(WEIGHTS[name] * part for name, part in losses.items())
-        parts = " | ".join(f"{name} {part.item():.3f}" for name, part in losses.items())
-        if not torch.isfinite(loss):
-            raise RuntimeError(f"step {step}: loss {loss.item()} | {parts}")
+        loss, parts = weighted(losses, step)
 
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, args)
@@ -226,6 +237,7 @@ def parse_args(argv=None):
     add("--evaluate", metavar="WEIGHTS", help="measure these weights instead of training")
     add("--split", choices=("val", "test"), default="val",
         help="which pictures --evaluate looks at")
+
     args = parser.parse_args(argv)
     if min(args.steps, args.pool, args.batch_size, args.workers) < 1:
         parser.error("--steps, --pool, --batch-size and --workers must be at least 1")

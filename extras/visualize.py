@@ -229,6 +229,7 @@ def parse_args(argv=None):
     add("--epsilon", type=float, metavar="X", help="entropy weight to look with")
     add("--n-iters", type=int, metavar="N", help="Sinkhorn iterations to look with")
     add("--output", metavar="DIR", help="where the PNG files go (RUN/pictures)")
+
     args = parser.parse_args(argv)
     if len(args.runs) > (26 if args.curves else 1):
         parser.error("one RUN, or with --curves up to 26")

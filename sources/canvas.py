@@ -1,6 +1,6 @@
 """A picture that is drawn together with its mask: figures, patterns, light and noise.
 
-It knows no words: a figure is a list of polygons in coordinates of its own. All chance is one random.Random's.
+It knows no words: a figure is a list of polygons in coordinates of its own. All chance is that of one Random.
 """
 
 import math

@@ -21,7 +21,7 @@ def box(x0, y0, x1, y1):
 
 
 def star(points, inner):
-    """So many points, 1.15 from the middle, and corners between them, `inner` from it. The first points up."""
+    """So many points at 1.15 from the middle, corners between them at `inner`. The first one points up."""
     radii = [1.15, inner] * points
     angles = [i * math.pi / points for i in range(2 * points)]
     return [(r * math.sin(angle), -r * math.cos(angle)) for r, angle in zip(radii, angles)]
