@@ -3,12 +3,11 @@
     python data.py --dataset eurosat --data-root DIR --download      fetch pictures and lists
     python data.py --dataset eurosat --data-root DIR --check         look at every picture that the lists name
 
-Read it from `load` (lists of pictures) and the two draws to `Pictures`, `Batches` and the loaders (tensors). What
-datasets there are, and where their pictures come from, is in sources/. A picture is an item `(path, label, class
-name)` everywhere.
+Read it from `load` (lists of pictures) and the draws (`few_shot` and its variants) to `Pictures`, `Batches`
+and the loaders (tensors). What datasets there are, where their pictures come from, and how a picture is read,
+stands in sources/. A picture is an item `(path, label, class name)` everywhere.
 """
 
-import contextlib
 import functools
 import os
 import random
@@ -22,13 +21,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from harness import machine
 from harness.parser import Parser
-from sources import DATASETS, choose_classes, critters, files, folders, read_lists, split_matches_published
-from sources.seen import as_seen, open_image
+from sources import DATASETS, choose_classes, files, folders, read_lists, split_matches_published
+from sources.reading import read_image
 
 TEST_BATCH = 32      # why no more: the activations of a larger batch leave a processor's cache
 
 
-# ---- from a name to lists of items ---------------------------------------------------------------------------
+# ---- from a name to lists of items -------------------------------------------------------------------------
 
 def default_root():
     """The folder of the datasets where none is named: $DATA_ROOT, else ./data."""
@@ -36,7 +35,7 @@ def default_root():
 
 
 def find_root(name, given=None):
-    """The folder of the datasets as an absolute path. Raises ValueError for one that is given and would not be used."""
+    """The folder of the datasets as an absolute path. Raises ValueError for one that would not be used."""
     if given is not None and name == "critters":
         raise ValueError("--data-root is not used for critters, which are drawn: leave it out, or name other "
                          "data by --dataset; `folder` is for your own pictures")
@@ -57,37 +56,53 @@ def load(name, root, shots, seed, sampler="exact", held_out=None, classes="all")
     """The pictures to train on, to validate with and to test on -> train, val, test, class names.
 
     Three lists of `(path, label, class name)`, and the names ordered by label, raw: underscores stay.
-    shots: images per class, drawn with `seed`; None or 0 means all. sampler: "exact" (CoOp's k-shot), "up-to" or
-    "proportional" (the released code's). held_out: see `own_lists`, None for other datasets.
-    Validation gets up to min(shots, 4) per class from the same random stream. classes: see `choose_classes`; shots are
-    drawn before, so that a class has the same ones in any case.
-    Raises FileNotFoundError, with the folder looked in and the tree expected, where anything named is not there.
+    shots: images per class, drawn with `seed` by `draw_shots`; None or 0 means all. sampler: "exact" (CoOp's
+    k-shot), "up-to" or "proportional" (the released code's). held_out: see `own_lists`, for others None.
+    classes: see `choose_classes`; shots are drawn before, so that a class has the same ones in any case.
+    Raises FileNotFoundError, with the folder looked in and the tree expected, where anything named is not
+    there.
     """
     if (shots or 0) < 0:
         raise ValueError(f"--shots must not be negative, got {shots}")
     lists, class_names = read_lists(name, root, seed, held_out)
     if shots and not lists["train"]:
         raise ValueError(f"{name} has no training images: it is for evaluate.py RUN --on {name}")
+
     if shots:
-        rng = random.Random(seed)          # one stream: train draws first, then validation
-        train = SAMPLERS[sampler](lists["train"], shots, rng)
-        # as in CoOp, a dataset without validation pictures takes them from its training part
-        drawn = set(train)
-        pool = lists["val"] or [item for item in lists["train"] if item not in drawn]
-        val = [item for group in _by_label(pool) for item in rng.sample(group, min(len(group), shots, 4))]
-        lists = {"train": train, "val": val, "test": lists["test"]}
+        lists = draw_shots(lists, shots, seed, sampler)
     lists, class_names = choose_classes(lists, class_names, classes)
-    for part, items in lists.items():
-        # why not all: these list existing files, or draw their pictures
-        there = name.startswith(("critters", "folder", "imagenet"))
-        gone = [] if there else files.missing(path for path, *_ in items)
-        if gone:
-            raise FileNotFoundError(f"{name}: {len(gone)} of {len(items)} {part} images missing, first: {gone[0]}\n"
-                                    + files.tree(name, DATASETS[name], root))
+    check_files(name, root, lists)
     return *lists.values(), class_names
 
 
-# ---- drawing few shots ---------------------------------------------------------------------------------------
+def check_files(name, root, lists):
+    """Raises FileNotFoundError, with the first one and the tree expected, where pictures are missing."""
+    # why: their lists are made from the files, or the pictures are drawn
+    always_exist = name.startswith(("critters", "folder", "imagenet"))
+    if always_exist:
+        return
+    for part, items in lists.items():
+        gone = files.missing(path for path, *_ in items)
+        if gone:
+            raise FileNotFoundError(f"{name}: {len(gone)} of {len(items)} {part} images missing, first: "
+                                    f"{gone[0]}\n" + files.tree(name, DATASETS[name], root))
+
+
+# ---- drawing few shots -------------------------------------------------------------------------------------
+
+def draw_shots(lists, shots, seed, sampler):
+    """Some training and validation items of each class, and all test items, as {"train", "val", "test"}.
+
+    Validation gets up to min(shots, 4) per class. As in CoOp, a dataset without validation pictures takes
+    them from its training part.
+    """
+    rng = random.Random(seed)              # one stream: train draws first, then validation
+    train = SAMPLERS[sampler](lists["train"], shots, rng)
+    drawn = set(train)
+    pool = lists["val"] or [item for item in lists["train"] if item not in drawn]
+    val = up_to(pool, min(shots, 4), rng)
+    return {"train": train, "val": val, "test": lists["test"]}
+
 
 def few_shot(items, shots, seed):
     """Exactly `shots` items per class: CoOp's draw, in CoOp's order of drawing.
@@ -98,9 +113,10 @@ def few_shot(items, shots, seed):
     groups = _by_label(items)
     fewest = min(groups, key=len)
     if len(fewest) < shots:
-        raise ValueError(f"class {fewest[0][2]!r} has {len(fewest)} images, fewer than the {shots} shots asked for "
-                         f"(images held out for the test do not count): --shots {len(fewest)} is the most that every "
-                         f"class has, --sampler up-to takes up to {shots} of each class, --shots 0 takes all")
+        raise ValueError(f"class {fewest[0][2]!r} has {len(fewest)} images, fewer than the {shots} shots "
+                         "asked for (images held out for the test do not count): "
+                         f"--shots {len(fewest)} is the most that every class has, "
+                         f"--sampler up-to takes up to {shots} of each class, --shots 0 takes all")
     return [item for group in groups for item in rng.sample(group, shots)]
 
 
@@ -111,20 +127,29 @@ def up_to(items, shots, seed):
 
 
 def proportional(items, shots, seed):
-    """shots x classes items in total, each class in proportion to its share of the data: the released code's draw.
+    """shots x classes items in total, each class by its share of the data: the released code's draw.
 
-    differs: the literature's k-shot is `few_shot`. Here a rare class gets few images or none (Caltech101, 1 shot: 26
-    of 100 classes). As in scikit-learn's StratifiedShuffleSplit, which the released code calls, shares are rounded
-    by largest remainder with ties broken at random; so class counts are its own up to ties, the images others.
+    differs: the literature's k-shot is `few_shot`. Here a rare class gets few images or none (Caltech101,
+    1 shot: 26 of 100 classes). As in scikit-learn's StratifiedShuffleSplit, which the released code calls,
+    shares are rounded by largest remainder with ties broken at random; so class counts are its own up to
+    ties, the images others.
     """
     rng = seed if isinstance(seed, random.Random) else random.Random(seed)
     groups = _by_label(items)
     total = shots * len(groups)
     if total > len(items):
-        raise ValueError(f"{shots} shots of {len(groups)} classes are {total} images, but there are {len(items)}")
-    share, rest = zip(*(divmod(total * len(group), len(items)) for group in groups))
-    rounded_up = sorted(range(len(groups)), key=lambda i: (-rest[i], rng.random()))[:total - sum(share)]
-    return [item for i, group in enumerate(groups) for item in rng.sample(group, share[i] + (i in rounded_up))]
+        raise ValueError(f"{shots} shots of {len(groups)} classes are {total} images, but there are "
+                         f"{len(items)}")
+
+    shares, remainders = zip(*(divmod(total * len(group), len(items)) for group in groups))
+    by_remainder = sorted(range(len(groups)), key=lambda i: (-remainders[i], rng.random()))
+    rounded_up = by_remainder[:total - sum(shares)]
+
+    drawn = []
+    for i, group in enumerate(groups):
+        count = shares[i] + 1 if i in rounded_up else shares[i]
+        drawn += rng.sample(group, count)
+    return drawn
 
 
 SAMPLERS = {"exact": few_shot, "up-to": up_to, "proportional": proportional}
@@ -138,52 +163,10 @@ def _by_label(items):
     return list(groups.values())
 
 
-
-def check_pictures(items, rank=0, world=1):
-    """Reads each picture once, as people see it. Raises ValueError that names all which cannot be read.
-
-    why before training: else it would end at the first one, minutes or hours later. Each process reads its share.
-    """
-    paths = [path for path, *_ in items[rank::world]]
-    faults = files.unreadable(paths, functools.partial(read_image, as_people_see=True))
-    if faults:
-        raise ValueError(f"{len(faults)} of {len(items)} pictures cannot be read: replace or remove them\n"
-                         + "\n".join(faults))
-
-
-# ---- how pictures are read -----------------------------------------------------------------------------------
-
-def read_image(path, as_people_see=False):
-    """The picture at `path`, or the one that critters draws for it -> PIL image.
-
-    It keeps its own mode: CLIP converts to RGB after the crop, so that palettes are resized as CLIP resizes them.
-    as_people_see: turned and flattened by `as_seen`.
-    Raises ValueError, naming the file, where it is not there or cannot be decoded to its end.
-    """
-    if critters.is_path(path):
-        return critters.read(path)
-    with reading(path):
-        if os.path.exists(path) and not os.path.isfile(path):      # why: a pipe or a device may never end
-            raise OSError("no regular file")
-        # why not Image.open(path): of a file that it opens itself, Pillow mixes up the rows of some turned TIFFs
-        with open(path, "rb") as file, open_image(file) as image:
-            image.load()
-            return as_seen(image) if as_people_see else image
-
-
-@contextlib.contextmanager
-def reading(picture):
-    """Raises ValueError, which names the picture, for all that goes wrong while it is read."""
-    try:
-        yield
-    except Exception as error:   # why: Pillow raises OSError, SyntaxError, ValueError and its own, by format
-        raise ValueError(f"cannot read picture {picture}: {type(error).__name__}: {error}") from error
-
-
-# ---- from pictures to tensors --------------------------------------------------------------------------------
+# ---- from pictures to tensors ------------------------------------------------------------------------------
 
 def train_transform(preprocess):
-    """CLIP's test transform -> the one for training: random crop and flip in place of resize and centre crop."""
+    """CLIP's test transform -> the one for training: random crop and flip, not resize and centre crop."""
     from torchvision import transforms  # why here: as in clip.preprocess
     _, centre_crop, *tail = preprocess.transforms       # tail: to RGB, to tensor, minus mean over deviation
     crop = transforms.RandomResizedCrop(centre_crop.size, scale=(0.08, 1),
@@ -196,14 +179,15 @@ def to_tensor(image, transform, name):
     try:
         return transform(image)
     except MemoryError as error:     # which has no words of its own
-        raise ValueError(f"out of memory at picture {name} of {image.width} x {image.height} pixels") from error
+        size = f"{image.width} x {image.height} pixels"
+        raise ValueError(f"out of memory at picture {name} of {size}") from error
 
 
 class Pictures(Dataset):
     """Items as tensors: `pictures[i]` -> (image (3, R, R), label).
 
-    With a seed, for training, the index is a pair `(epoch, i)`, and the crop depends only on (seed, epoch, i), not on
-    the batch size, the workers or the number of processes. as_people_see: as in `read_image`.
+    With a seed, for training, the index is a pair `(epoch, i)`, and the crop depends only on (seed, epoch,
+    i), not on the batch size, the workers or the number of processes. as_people_see: as in `read_image`.
     """
 
     def __init__(self, items, transform, seed=None, as_people_see=False):
@@ -221,13 +205,14 @@ class Pictures(Dataset):
         image = read_image(path, self.as_people_see)
         if self.seed is None:
             return to_tensor(image, self.transform, path), label
+
         with torch.random.fork_rng(devices=[]):
             # why not torch.manual_seed: it seeds CUDA too, which fork_rng(devices=[]) does not restore
             torch.default_generator.manual_seed(_mix(self.seed, epoch, i))
             return to_tensor(image, self.transform, path), label
 
     def collate(self, samples):
-        """Samples -> images (n, 3, R, R), labels (n,); n is 0 where a small last batch has no image for this rank."""
+        """Samples -> images (n, 3, R, R), labels (n,); n is 0 where a last batch has none for this rank."""
         if samples:
             return default_collate(samples)
         image, _ = self[0]           # why: only the transform knows the resolution R
@@ -237,9 +222,10 @@ class Pictures(Dataset):
 class Batches(Sampler):
     """This rank's share of each batch of some epochs, one after the other, as lists of `(epoch, i)`.
 
-    The order of the images depends only on (seed, epoch). All ranks get the same number of batches; in the last,
-    smaller one of an epoch the share of a rank may be empty.
-    why all epochs in one: workers read on from epoch to epoch, while the model still learns from what they have read.
+    The order of the images depends only on (seed, epoch). All ranks get the same number of batches; in the
+    last, smaller one of an epoch the share of a rank may be empty.
+    why all epochs in one: workers read on from epoch to epoch, while the model still learns from what they
+    have read.
     """
 
     def __init__(self, n, batch_size, seed, rank=0, world=1, epochs=(0,)):
@@ -264,7 +250,8 @@ class Batches(Sampler):
 
 
 def _mix(*numbers):
-    """One seed made of several numbers, the same on every machine. why 32 bits: torch's CPU generator uses no more."""
+    """One seed made of several numbers, the same on every machine."""
+    # why 32 bits: torch's CPU generator uses no more
     return zlib.crc32(repr(numbers).encode())
 
 
@@ -273,10 +260,12 @@ def train_loader(pictures, batches, workers=0, device="cpu"):
     if workers < 0:
         raise ValueError(f"--workers must not be negative, got {workers}")
     if workers:
-        torch.multiprocessing.Lock()     # why: where shared memory is full this fails in one line, the loader in many
+        # why: where shared memory is full this fails in one line, the loader in many
+        torch.multiprocessing.Lock()
+    # why a generator: otherwise an iterator draws from the global one
     return DataLoader(pictures, batch_sampler=batches, collate_fn=pictures.collate, num_workers=workers,
                       pin_memory=torch.device(device).type == "cuda", worker_init_fn=end_with_parent,
-                      generator=torch.Generator())     # why: otherwise an iterator draws from the global generator
+                      generator=torch.Generator())
 
 
 def end_with_parent(worker):
@@ -299,33 +288,35 @@ def train_batches(items, dataset, preprocess, batches, seed, workers=0, device="
 
 def test_batches(items, dataset, resolution, workers=0, device="cpu", rank=0, world=1):
     """The `test_loader` of a dataset's pictures, read as its row says, with CLIP's own transform."""
-    pictures = Pictures(items, clip.preprocess(resolution), as_people_see=DATASETS[dataset].as_people_see)
+    as_people_see = DATASETS[dataset].as_people_see
+    pictures = Pictures(items, clip.preprocess(resolution), as_people_see=as_people_see)
     return test_loader(pictures, TEST_BATCH, workers, device, rank, world)
 
 
-# ---- the script ----------------------------------------------------------------------------------------------
+# ---- the script --------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     """The options."""
     parser = Parser(
         "python data.py --dataset NAME {--download,--check} [options]", __doc__,
-        epilog="--download leaves alone what is there. If --check then finds images missing, an earlier download was\n"
-               "interrupted: remove the picture folder and start again. sun397 is 37 GB. The pictures of imagenet,\n"
-               "stanford_cars and ucf101 must be downloaded by hand: --download says where.")
+        epilog="--download leaves alone what is there. If --check then finds images missing, an earlier\n"
+               "download was interrupted: remove the picture folder and start again. sun397 is 37 GB. The\n"
+               "pictures of imagenet, stanford_cars and ucf101 must be downloaded by hand: --download says\n"
+               "where.")
     add = parser.add_argument
     add("--dataset", choices=DATASETS, metavar="NAME", required=True, help=", ".join(DATASETS))
-    add("--data-root", default=default_root(), help="$DATA_ROOT or ./data unless given; one root holds all datasets, "
-        "in CoOp's layout or torchvision's (for `folder`: the folder of your pictures itself)")
+    add("--data-root", default=default_root(), help="$DATA_ROOT or ./data unless given; one root holds all "
+        "datasets, in CoOp's layout or torchvision's (for `folder`: the folder of your pictures itself)")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--download", action="store_true", help="get what is not there yet, then check")
-    mode.add_argument("--check", action="store_true", help="count, look for missing files, and decode every picture "
-                      "once; the exit code is 0 if all is as expected, else 1")
+    mode.add_argument("--check", action="store_true", help="count, look for missing files, and decode every "
+                      "picture once; the exit code is 0 if all is as expected, else 1")
     return parser.parse_args(argv)
 
 
 @machine.plain_errors("the same command starts anew")
 def main(args):
-    """Downloads what is missing where that is asked for, checks all; exits with 1 unless all is as expected."""
+    """Downloads what is missing if asked to, checks all; exits with 1 unless all is as expected."""
     name = args.dataset
     row = DATASETS[name]
     root = files.absolute(args.data_root)
@@ -333,10 +324,11 @@ def main(args):
         files.download(name, row, root)
 
     lists = read_lists(name, root)
-    for line in folders.remarks(root) if name == "folder" else ():
-        print(line)
+    if name == "folder":
+        for line in folders.remarks(root):
+            print(line)
     read = functools.partial(read_image, as_people_see=row.as_people_see)
-    sys.exit(not files.check(name, row, root, *lists, read))
+    sys.exit(0 if files.check(name, row, root, *lists, read) else 1)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import math
 import os
 import statistics
 import time
-from pathlib import Path
 
 import clip  # before torch: it bounds how long torch's threads wait
 
@@ -25,6 +24,7 @@ from harness.ood_table import csv_rows, paper_rows, show, write_table
 from harness.parser import Parser
 from methods import METHODS
 from methods.zero_shot import ZeroShot
+from sources import reading
 from sources.ood_sets import SOURCES, count_warnings, ood_sets, overlap_warnings
 
 TEMPLATE = "a photo of a {}"     # as in MCM and GL-MCM, for every dataset; CoOp's end in a full stop
@@ -230,9 +230,8 @@ def make_parser():
     parser = Parser("python ood.py [RUN] [options]", __doc__, epilog=(
         f"For ImageNet, {SOURCES}.\n"
         "Look at the zero-shot rows first: where they are far from the published values, a set or the class\n"
-        "order is wrong, and no gain above them means anything. Textures is every picture of DTD, and SUN\n"
-        "has many of SUN397: report neither for a run trained on those. RUN/ood.json holds the table, in\n"
-        "percent."))
+        "order is wrong, and no gain above them means anything. Textures is every picture of DTD, SUN has\n"
+        "many of SUN397: report neither for a run trained on those. RUN/ood.json has the table, in percent."))
     add = parser.add_argument
     add("run", nargs="?", metavar="RUN", help="a folder that train.py wrote; its own test split is ID")
     add("--zero-shot", action="store_true", help="only the rows of CLIP without learning, no RUN needed")
@@ -296,7 +295,7 @@ def find_pictures(args, checkpoint):
     # why now: what cannot be read would end the program after all the work before it
     all_own = data.DATASETS[config["dataset"]].as_people_see
     own = [items for name, items in sets.items() if all_own or name in args.ood_root]
-    data.check_pictures([item for items in own for item in items])
+    reading.check_pictures([item for items in own for item in items])
     return sets, class_names
 
 

@@ -41,6 +41,7 @@ from harness.checkpoints import resume, save_checkpoint, start_from, write_log
 from harness.configuration import check_args, configuration
 from harness.messages import announce, how_to_go_on, plain_memory_error
 from methods.zero_shot import ZeroShot
+from sources import reading
 
 
 # ---- set up ------------------------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ def set_up(args, rank, world, device):
         args.dataset, args.data_root, args.shots, args.split_seed, args.sampler, args.held_out, args.classes)
     test_set = run_pictures.choose(args.test_split, val_set, test_set)
     if data.DATASETS[args.dataset].as_people_see:
-        data.check_pictures(train_set + test_set, rank, world)
+        reading.check_pictures(train_set + test_set, rank, world)
     published = data.split_matches_published(args.dataset, args.data_root)
 
     # CLIP and what is learned. why a seed here: the same initial prompts on every process

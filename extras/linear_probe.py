@@ -22,6 +22,7 @@ from harness.configuration import folder_name
 from harness.parser import Parser
 from methods.linear_probe import LinearProbe, fit, search
 from methods.zero_shot import ZeroShot
+from sources.reading import check_pictures
 
 
 @torch.no_grad()
@@ -83,7 +84,7 @@ def main(args):
         raise ValueError(f"{args.dataset} has no validation images, on which the linear probe chooses its "
                          "penalty")
     if data.DATASETS[args.dataset].as_people_see:
-        data.check_pictures(train + val + test)
+        check_pictures(train + val + test)
     clip_model, _ = clip.load(args.model, args.device, args.activation)
     ZeroShot(clip_model, class_names, data.template(args.dataset))    # why: names too long for it fail here
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 import data
 from harness import machine
-from sources import listing
+from sources import listing, reading
+from sources.seen import as_seen
 
 
 class Prediction(NamedTuple):
@@ -114,10 +115,11 @@ def read_as_tensor(numbered, transform):
     check_kind(picture)
     try:
         if not isinstance(picture, Image.Image):
-            image = data.read_image(os.fspath(picture), as_people_see=True)
+            image = reading.read_image(os.fspath(picture), as_people_see=True)
             return data.to_tensor(image, transform, picture)
-        with data.reading(f"number {place}, a PIL image"):   # why: Pillow may read its file only now
-            return transform(data.as_seen(picture))
+        # why: Pillow may read its file only now
+        with reading.named_errors(f"number {place}, a PIL image"):
+            return transform(as_seen(picture))
     except ValueError as error:
         return error
 

@@ -21,7 +21,7 @@ class Row(NamedTuple):
     layouts: tuple = ()        # (folder of the lists, picture folder in it): CoOp's, torchvision's; the first one found
     lists: tuple = ()          # files that say what the pictures show
     digest: str = None         # of CoOp's split file: sha256, or git's blob id (40 digits) where only that is known
-    as_people_see: bool = False    # whether pictures are read `data.as_seen`; the published ones are read as CLIP does
+    as_people_see: bool = False    # whether pictures are read `as_seen`; the published ones are read as CLIP does
 
 
 DATASETS = {

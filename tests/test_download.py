@@ -14,7 +14,7 @@ from PIL import Image
 
 import data
 from clip import download
-from sources import files
+from sources import critters, files
 
 CONTENT = b'{"train": [], "val": [], "test": []}'
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -385,8 +385,8 @@ def test_the_root_is_the_environments_unless_it_is_given(tmp_path, monkeypatch, 
 
 
 def test_critters_check_themselves_and_need_no_download(monkeypatch, capsys):
-    monkeypatch.setattr(data.critters, "POOL", {"train": 2, "val": 1, "test": 1})
-    C = len(data.critters.CLASSES)
+    monkeypatch.setattr(critters, "POOL", {"train": 2, "val": 1, "test": 1})
+    C = len(critters.CLASSES)
     change(monkeypatch, "critters", sizes=(2 * C, C, C))
     status, out = run(monkeypatch, capsys, "--dataset", "critters", "--check")
     assert status == 0 and f"{C} classes" in out

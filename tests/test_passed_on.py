@@ -24,6 +24,7 @@ from harness import configuration, predict, run_pictures, runs
 from harness import options as train_options
 from methods import METHODS, OPTIONS
 from methods.zero_shot import ZeroShot
+from sources import reading
 
 NAMES = ["red clay", "sea", "wood"]
 
@@ -356,7 +357,7 @@ def test_ood_hands_on_what_it_was_asked(monkeypatch, tmp_path):
     assert found == {"dataset": "dtd", "root": "/moved", "own": {"mine": "/mine"}}
     inside, outside = [("a", 0, "sea"), ("b", 1, "wood")], [("c", -1, "")]
     monkeypatch.setattr(ood, "ood_sets", lambda *_: {"mine": outside})
-    monkeypatch.setattr(data, "check_pictures", lambda *_: None)
+    monkeypatch.setattr(reading, "check_pictures", lambda *_: None)
     found = handed(monkeypatch, data, "load", command, ood, *words)
     assert (found["name"], found["root"], found["shots"]) == ("dtd", "/moved", 0)
     monkeypatch.setattr(data, "load", lambda *_, **__: ([], [], inside, NAMES))

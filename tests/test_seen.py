@@ -12,6 +12,7 @@ import clip
 import data
 from clip import loader
 from harness import machine, predict
+from sources import reading
 from sources.seen import as_seen
 
 NAN, INF = float("nan"), float("inf")
@@ -134,7 +135,7 @@ def test_a_pgm_says_what_is_white(largest, tmp_path):
 def test_a_picture_without_a_valid_value_is_refused_by_name(values, tmp_path):
     Image.fromarray(np.float32(values)).save(tmp_path / "empty.tif")
     with pytest.raises(ValueError, match="cannot read picture .*empty.tif: .*none of its pixels has a valid value"):
-        data.check_pictures([(str(tmp_path / "empty.tif"), 0, "a")])
+        reading.check_pictures([(str(tmp_path / "empty.tif"), 0, "a")])
 
 
 def test_transparent_grey_of_16_bits_is_white(tmp_path):
