@@ -120,7 +120,7 @@ def begin(run):
     args = run.args
     if run.rank == 0:
         # why again: another process may have had the folder until now
-        runs.check_free(run.folder, run.fingerprint["config"], args.resume, args.overwrite)
+        places.check_free(run.folder, run.fingerprint["config"], args.resume, args.overwrite)
     if args.resume and (run.folder / "last.pt").exists():
         resume(run)
     else:

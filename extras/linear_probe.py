@@ -17,7 +17,7 @@ import torch
 
 import data
 import evaluate
-from harness import machine, places, results, run_pictures, runs
+from harness import machine, places, results, run_pictures
 from harness.configuration import folder_name
 from harness.parser import Parser
 from methods.linear_probe import LinearProbe, fit, search
@@ -75,7 +75,7 @@ def main(args):
     started, folder = time.monotonic(), Path(args.output_dir)
     machine.use_device(args.device)
     config = configuration(args)
-    runs.check_free(folder, config, overwrite=args.overwrite)
+    places.check_free(folder, config, overwrite=args.overwrite)
     if args.dataset == "folder":
         places.check_apart(folder, args.data_root)
     train, val, test, class_names = data.load(args.dataset, args.data_root, args.shots, args.split_seed)
@@ -90,7 +90,7 @@ def main(args):
 
     with places.lock(folder):
         # why again: another process had the folder till now
-        runs.check_free(folder, config, overwrite=args.overwrite)
+        places.check_free(folder, config, overwrite=args.overwrite)
         train_features, val_features = (image_features(clip_model, items, args) for items in (train, val))
         print(f"{len(train)} training images; the weight of the penalty is chosen on {len(val)} validation "
               "images, by 23 fits", flush=True)
@@ -98,7 +98,7 @@ def main(args):
         print(f"chosen: errors count {c:.3g} times the penalty; the test follows", flush=True)
         model = LinearProbe(clip_model, class_names, *fit(*train_features, c, len(class_names)))
         counts = evaluate.test(model, test, args.dataset, workers=args.workers)
-        if runs.holds_run(folder):
+        if places.holds_run(folder):
             places.remove(folder, ("last.pt", "log.jsonl", *places.REPORTS))
         parts = {"training": train, "test": test}
         results.report(folder, model, counts, config, started, c=c, train_images=len(train),

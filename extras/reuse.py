@@ -9,7 +9,7 @@ import json
 
 import clip  # before torch: it bounds how long torch's threads wait
 
-from harness import run_pictures, runs
+from harness import places, run_pictures, runs
 from methods import METHODS
 from sources.ood_sets import ood_sets
 
@@ -58,7 +58,7 @@ def check_run(job, threads):
 
     if differs:
         raise ValueError(f"{job.folder} holds another run ({'; '.join(differs)}): --output-dir "
-                         f"{runs.unused(job.folder.parent)} leaves it alone")
+                         f"{places.unused(job.folder.parent)} leaves it alone")
 
 
 def made_from(config):

@@ -22,7 +22,7 @@ def save_checkpoint(run):
     checkpoint = {"learned": learned, **run.fingerprint,
                   "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
                   "epoch": run.epochs_done, "seconds": time.monotonic() - run.started, "log": run.log}
-    replaced = run.epochs_done == 1 and runs.holds_run(run.folder)
+    replaced = run.epochs_done == 1 and places.holds_run(run.folder)
     machine.write_whole(run.folder / "last.pt", lambda path: torch.save(checkpoint, path))
     if replaced:
         places.remove(run.folder)
@@ -44,7 +44,7 @@ def resume(run):
     if changed:
         raise ValueError(f"{run.folder} was started with other options ({'; '.join(changed)}): "
                          f"python train.py --resume {run.folder} goes on with its own; "
-                         f"--output-dir {runs.unused(run.folder)} without --resume leaves it alone")
+                         f"--output-dir {places.unused(run.folder)} without --resume leaves it alone")
     runs.check_classes(run.folder, checkpoint["class_names"], run.fingerprint["class_names"])
     run_pictures.check_data(run.folder, checkpoint["data"], run.fingerprint["data"])
     runs.restore(run.folder, checkpoint, run.model, run.fingerprint["clip_sha256"])

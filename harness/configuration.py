@@ -81,7 +81,7 @@ def check_args(args, world):
         run_pictures.root_of(vars(args))
     if args.dataset == "folder":
         places.check_apart(args.output_dir, args.data_root)
-    runs.check_free(args.output_dir, configuration(args), args.resume, args.overwrite)
+    places.check_free(args.output_dir, configuration(args), args.resume, args.overwrite)
 
 
 def check_numbers(args):

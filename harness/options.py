@@ -199,8 +199,8 @@ def add_machine_options(add):
 
 def add_folder_options(group):
     group.add_argument("--output-dir", metavar="DIR",
-                       help="(runs/<dataset>-<shots>shot-seed<seed>, with the method and the options that are "
-                            "not the usual ones)")
+                       help="(runs/<dataset>-<shots>shot-seed<seed>, with the method and the options that "
+                            "are not the usual ones)")
     either = group.add_mutually_exclusive_group()
     either.add_argument("--resume", nargs="?", const=True, default=False, metavar="RUN",
                         help="go on with the run in the output folder, or with RUN and its options "

@@ -1,4 +1,4 @@
-"""Where results are written: a run's folder has one writer, and what is somebody's own stays as it is."""
+"""Where results are written. A run's folder has one writer, and somebody's own files stay as they are."""
 
 import contextlib
 import errno
@@ -7,9 +7,10 @@ import re
 import time
 from pathlib import Path
 
+from harness import runs
 from sources import DATASETS, folders
 
-# What a run writes: what stands only where its lock is held, and what other commands write beside it.
+# What only the process with the lock of a run's folder writes, and what other commands write beside it.
 LOCKED = ("last.pt", "log.jsonl", "result.json", "per_class.csv", "confusion.csv")
 BESIDE = ("ood.json", "weights.json",
           *(f"evaluation{which}.{kind}" for which in ("", "-new", *(f"-{name}" for name in DATASETS))
@@ -117,6 +118,66 @@ def check_apart(folder, root, option="--output-dir"):
         if real.is_relative_to(os.path.realpath(part)):
             raise ValueError(f"{folder} lies in {part}, whose folders are classes: name an {option} "
                              "elsewhere")
+
+
+# ---- whether a run stands there already --------------------------------------------------------------------
+
+def check_free(folder, config, resume=False, overwrite=False):
+    """Raises ValueError where a run stands in this folder, unless it is to be replaced or can go on.
+
+    The error says in which options that run differs from a configuration, and what to do.
+    """
+    folder = Path(folder)
+    can_go_on = (folder / "last.pt").exists()
+    is_finished = (folder / "result.json").exists()
+    if overwrite or (resume and can_go_on):
+        return
+    if not (can_go_on or is_finished):
+        return check_foreign(folder)
+
+    before = (runs.read_checkpoint(folder) if can_go_on else runs.read_result(folder))["config"]
+    differs = runs.changes(before, config)
+    own = ["model"]                                        # which `runs.changes` may leave out
+    if config["dataset"] == "folder":
+        own.insert(0, "data_root")
+    for name in own:
+        text = f"{name} was {before[name]}, is {config[name]}"
+        if before[name] != config[name] and text not in differs:
+            differs.append(text)
+
+    others = f"--output-dir {unused(folder)} leaves it alone, --overwrite replaces it"
+    if differs:
+        raise ValueError(f"{folder} holds a run already, with other options ({'; '.join(differs)}): {others}")
+    if not can_go_on:
+        raise ValueError(f"{folder} holds a run already, without a last.pt to go on from: {others}")
+    shows = "shows its result" if is_finished else "goes on with it"
+    raise ValueError(f"{folder} holds a run already, with the same options: python train.py --resume "
+                     f"{folder} {shows}; {others}")
+
+
+def check_foreign(folder):
+    """Raises ValueError where a folder without a run holds files that a run would replace."""
+    found = [name for name in LOCKED if os.path.lexists(folder / name)]
+    if found:
+        raise ValueError(f"{folder / found[0]} would be replaced, but no run stands there: --output-dir "
+                         f"{unused(folder)} leaves it alone, --overwrite replaces it")
+
+
+def unused(folder):
+    """A folder beside this one that does not exist: runs/a -> runs/a-2."""
+    n = 2
+    while os.path.exists(f"{folder}-{n}"):
+        n += 1
+    return f"{folder}-{n}"
+
+
+def holds_run(folder):
+    """Whether a run stands in a folder: a last.pt, a result.json or a log.jsonl that can be read."""
+    for read in (runs.read_checkpoint, runs.read_result, runs.read_log):
+        with contextlib.suppress(OSError, ValueError):
+            if read(folder):
+                return True
+    return False
 
 
 # ---- any file or folder that an option names ---------------------------------------------------------------

@@ -122,4 +122,5 @@ def check_data(run, before, now):
             n_then = before[part][0] if part in before else "unknown"
             n_now = now[part][0]
             raise ValueError(f"{run} was started with other {part} pictures ({n_then} then, {n_now} now, of "
-                             "other names or labels): give the same data by --data-root, or start another run")
+                             "other names or labels): give the same data by --data-root, or start another "
+                             "run")

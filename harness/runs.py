@@ -3,17 +3,17 @@
     last.pt        what was learned, and all that --resume needs; it contains the log too
     log.jsonl      one line per epoch
     lock           the number of the process that writes here; only one can. It may be removed when none does
-    result.json    accuracies on the test split, configuration, versions; per_class.csv has them for each class,
-                   confusion.csv which classes are taken for which
-    evaluation.json, evaluation.csv    the same numbers from evaluate.py; with -new or -DATASET for other classes
+    result.json    accuracies on the test split, configuration, versions
+    per_class.csv, confusion.csv    accuracies of each class, and which classes are taken for which
+    evaluation.json, evaluation.csv    the same from evaluate.py; with -new or -DATASET for other classes
     ood.json       the table of ood.py
     weights.json   accuracies for several weights of the local branch, from extras/compare.py --ablations
     pictures/      what extras/visualize.py drew, and the page of extras/explore.py
 
-Read it from `load_run` (from a folder to a model) to the checks. The pictures of a run are in run_pictures.py.
+It begins with `load_run`, from a folder to a model, and ends with the checks. The pictures of a run are in
+run_pictures.py.
 """
 
-import contextlib
 import itertools
 import json
 import os
@@ -26,44 +26,44 @@ import clip  # before torch: it bounds how long torch's threads wait
 import torch
 
 from clip.weights import check_archive, is_memory
-from harness import places
 from methods import METHODS, OPTIONS
 from sources.listing import normal
 
 # What last.pt contains; training: the paths of the training pictures below the root.
-CHECKPOINT = {"learned": dict, "optimizer": dict, "scaler": dict, "config": dict, "class_names": list, "data": dict,
-              "training": list, "clip_sha256": str, "threads": int, "epoch": int, "seconds": float, "log": list}
+CHECKPOINT = {"learned": dict, "optimizer": dict, "scaler": dict, "config": dict, "class_names": list,
+              "data": dict, "training": list, "clip_sha256": str, "threads": int, "epoch": int,
+              "seconds": float, "log": list}
 # What result.json contains at least.
 RESULT = {"dataset": str, "model": str, "shots": int, "seed": int, "split_seed": int, "accuracy": float,
           "config": dict}
-# The options that all configurations have; those of the method come behind them.
+# The options that all configurations have, besides those of the method.
 CONFIGURATION = ("dataset", "data_root", "model", "activation", "template", "classes", "shots", "held_out",
                  "test_split", "seed", "split_seed", "sampler", "amp", "text_chunk", "checkpoint_text")
 # Options that change how a run is computed and stored, but not what is computed.
-IGNORED_WHEN_COMPARING = {"data_root", "output_dir", "device", "workers", "amp", "text_chunk", "checkpoint_text",
-                         "compile"}
+IGNORED_WHEN_COMPARING = {"data_root", "output_dir", "device", "workers", "amp", "text_chunk",
+                          "checkpoint_text", "compile"}
 
 
-# ---- from a folder to a model --------------------------------------------------------------------------------
+# ---- from a folder to a model ------------------------------------------------------------------------------
 
 def load_run(run, device="cpu", model=None):
     """A run's folder -> its model with the learned prompts, in evaluation mode.
 
-    model: the file of its CLIP, where it has moved. Raises FileNotFoundError where there is no run or no CLIP,
-    ValueError where its CLIP is not the one it was trained with.
+    model: the file of its CLIP, where it has moved. Raises FileNotFoundError where there is no run or no
+    CLIP, ValueError where the CLIP is not the one that the run was trained with.
     """
     return build(run, read_checkpoint(run), device, model=model)
 
 
 def build(run, checkpoint, device="cpu", class_names=None, model=None):
-    """The model of a run whose checkpoint is at hand, for its own classes or for others; model: as in `load_run`.
+    """The model of a run, from its checkpoint, for its own classes or for others; model: as in `load_run`.
 
-    Raises ValueError where the classes are others and prompts of the run belong to its own ones.
+    Raises ValueError for other classes where the run has learned prompts of each class.
     """
     config = checkpoint["config"]
     clip_model, _ = clip.load(model_file(run, config, model), device, config["activation"])
     class_names = class_names or checkpoint["class_names"]
-    with torch.random.fork_rng(devices=[]):                # why: what is drawn here gives way to what was learned
+    with torch.random.fork_rng(devices=[]):                # why: what is drawn here is replaced below
         model = make_model(clip_model, class_names, config)
     if class_names != checkpoint["class_names"]:
         check_shared(model, run)
@@ -72,24 +72,27 @@ def build(run, checkpoint, device="cpu", class_names=None, model=None):
 
 
 def model_file(run, config, given=None):
-    """The name or the file of a run's CLIP: the one given, else its own, else a file of that name in or beside the run.
+    """The name or the file of a run's CLIP: the one given, or its own, wherever that lies.
 
-    Raises FileNotFoundError where there is none. `restore` proves by its hash that it is the right one.
+    A file that is gone is looked for by its name, in the run's folder and beside it. `restore` compares its
+    hash.
+    Raises FileNotFoundError where there is none.
     """
     own = config["model"]
     if given or is_known(own) or os.path.isfile(own):
         return given or own
+
     file = short_name(own)
     for folder in (Path(run), Path(run).absolute().parent):
         if (folder / file).is_file():
             return str(folder / file)
-    raise FileNotFoundError(f"{run} was trained with the weights {own}, which are not there, and {file} lies neither "
-                            f"in {run} nor beside it: put it there, or name it by --model FILE (in Python "
-                            "load_run(RUN, model=FILE))")
+    raise FileNotFoundError(f"{run} was trained with the weights {own}, which are not there, and {file} lies "
+                            f"neither in {run} nor beside it: put it there, or name it by --model FILE (in "
+                            "Python load_run(RUN, model=FILE))")
 
 
 def short_name(model):
-    """A model's name, or the last part of a file's path. why: other folders are another system's."""
+    """A model's name, or the last part of a file's path. why: its folders may be those of another system."""
     return clip.full_name(model) if is_known(model) else normal(model).split("/")[-1]
 
 
@@ -106,56 +109,78 @@ def make_model(clip_model, class_names, config, ranks=(0, 1)):
 
 
 def restore(run, checkpoint, model, clip_sha256):
-    """Puts the learned tensors of a checkpoint into a model. Raises ValueError where they do not belong together."""
-    if checkpoint["clip_sha256"] != clip_sha256:
-        raise ValueError(f"{run} was trained with other CLIP weights: those of {checkpoint['config']['model']} have "
-                         f"SHA-256 {clip_sha256[:12]}... now, {checkpoint['clip_sha256'][:12]}... then. --model FILE "
-                         "names others")
-    learned = model.learned_state()
-    if {name: p.shape for name, p in learned.items()} != {name: p.shape for name, p in checkpoint["learned"].items()}:
+    """Puts the learned tensors of a checkpoint into a model. Raises ValueError where they do not fit."""
+    then = checkpoint["clip_sha256"]
+    if then != clip_sha256:
+        name = checkpoint["config"]["model"]
+        raise ValueError(f"{run} was trained with other CLIP weights: those of {name} have SHA-256 "
+                         f"{clip_sha256[:12]}... now, {then[:12]}... then. --model FILE names others")
+
+    learned = checkpoint["learned"]
+    wanted = model.learned_state()
+    if shapes(learned) != shapes(wanted):
         raise ValueError(f"{run}/last.pt does not hold the tensors that its configuration asks for: "
-                         f"found {sorted(checkpoint['learned'])}, expected {sorted(learned)}")
-    clip.check_finite(checkpoint["learned"], f"{run}/last.pt")
-    for name, tensor in learned.items():
-        tensor.copy_(checkpoint["learned"][name])
+                         f"found {sorted(learned)}, expected {sorted(wanted)}")
+    clip.check_finite(learned, f"{run}/last.pt")
+    for name, tensor in wanted.items():
+        tensor.copy_(learned[name])
 
 
-# ---- what stands in a folder ---------------------------------------------------------------------------------
+def shapes(tensors):
+    """The shapes of {name: tensor}."""
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+# ---- what stands in a folder -------------------------------------------------------------------------------
 
 def read_checkpoint(run):
     """The contents of a run's last.pt.
 
-    Raises FileNotFoundError for a folder that holds none, ValueError for a damaged file and one of something else.
+    Raises FileNotFoundError for a folder that holds none, ValueError for a damaged file and for another one.
     """
     path = Path(run) / "last.pt"
     if not path.is_file():
         what = f"{run} holds no last.pt" if Path(run).is_dir() else f"there is no folder {run}"
         raise FileNotFoundError(f"{what}: name one that train.py wrote, such as runs/critters-16shot-seed1")
+
     content = path.read_bytes()                            # why apart: what a disk refuses is no damage
     try:
         with zipfile.ZipFile(BytesIO(content)) as archive:
             check_archive(archive)
         checkpoint = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # why so broad: in a damaged file zipfile, pickle and torch can trip over anything
+    # why so broad: in a damaged file zipfile, pickle and torch can trip over anything
+    except Exception as error:
         if is_memory(error):
             raise
-        raise ValueError(f"{path} is damaged: it cannot be read ({type(error).__name__}); the run must start anew, "
-                         "with --overwrite") from error
-    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
-    wrong = [name for name, kind in CHECKPOINT.items() if not isinstance(checkpoint.get(name), kind)]
-    if not wrong:
-        parts = {"learned": (checkpoint["learned"].values(), torch.Tensor), "log": (checkpoint["log"], dict),
-                 "class_names": (checkpoint["class_names"], str), "training": (checkpoint["training"], str)}
-        wrong = [name for name, (values, kind) in parts.items() if not all(isinstance(v, kind) for v in values)]
-        config = checkpoint["config"]
-        method = config.get("method")
-        if method not in [*METHODS]:
-            wrong.append(f"known method, but {method!r}")
-        wrong += [f"option {name}" for name in (*CONFIGURATION, *OPTIONS.get(str(method), ())) if name not in config]
+        raise ValueError(f"{path} is damaged: it cannot be read ({type(error).__name__}); the run must start "
+                         "anew, with --overwrite") from error
+
+    wrong = unreadable(checkpoint)
     if wrong:
-        raise ValueError(f"{path} is damaged, or is not a file of this program: it has no readable {', '.join(wrong)}")
-    # why: it may have been written on another system
-    return {**checkpoint, **{name: [normal(text) for text in checkpoint[name]] for name in ("class_names", "training")}}
+        raise ValueError(f"{path} is damaged, or is not a file of this program: it has no readable "
+                         f"{', '.join(wrong)}")
+    for name in ("class_names", "training"):               # why: another system may have written them
+        checkpoint[name] = [normal(text) for text in checkpoint[name]]
+    return checkpoint
+
+
+def unreadable(checkpoint):
+    """What is missing in the content of a last.pt or is of the wrong kind, as texts."""
+    if not isinstance(checkpoint, dict):
+        return [*CHECKPOINT]
+    wrong = [name for name, kind in CHECKPOINT.items() if not isinstance(checkpoint.get(name), kind)]
+    if wrong:
+        return wrong
+
+    parts = {"learned": (checkpoint["learned"].values(), torch.Tensor), "log": (checkpoint["log"], dict),
+             "class_names": (checkpoint["class_names"], str), "training": (checkpoint["training"], str)}
+    wrong = [name for name, (values, kind) in parts.items() if not all(isinstance(v, kind) for v in values)]
+    config = checkpoint["config"]
+    method = config.get("method")
+    if method not in [*METHODS]:
+        wrong.append(f"known method, but {method!r}")
+    options = (*CONFIGURATION, *OPTIONS.get(str(method), ()))
+    return wrong + [f"option {name}" for name in options if name not in config]
 
 
 def read_log(run):
@@ -167,7 +192,8 @@ def read_log(run):
             raise ValueError("a line is none of an epoch")
         return lines
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}; train.py --resume {run} writes it again from last.pt") from error
+        raise ValueError(f"{path} is damaged: {error}; train.py --resume {run} writes it again from "
+                         "last.pt") from error
 
 
 def read_result(run):
@@ -179,11 +205,11 @@ def read_result(run):
         if not wrong:
             wrong = [f"option {name}" for name in ("method", "dataset", "classes", "model")
                      if not isinstance(result["config"].get(name), str)]
-            # why: a mean of several would be no number
-            wrong += [] if 0 <= result["accuracy"] <= 100 else ["accuracy in percent"]
+            if not 0 <= result["accuracy"] <= 100:         # why: JSON may hold NaN, which would spoil a mean
+                wrong.append("accuracy in percent")
     except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}; remove it, and train.py --resume {run} "
-                         "tests the run again") from error
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}; remove it, and train.py "
+                         f"--resume {run} tests the run again") from error
     if wrong:
         raise ValueError(f"{path} is damaged, or is not a file of this program: it has no readable "
                          f"{', '.join(wrong)}")
@@ -197,61 +223,12 @@ def finished_runs(folder):
     return [path.parent for path in sorted(Path(folder).rglob("result.json"))]
 
 
-def check_free(folder, config, resume=False, overwrite=False):
-    """Raises ValueError where a run stands in this folder that is neither to be replaced nor to go on.
-
-    The error says in which options that run differs from a configuration, and what to do.
-    """
-    folder = Path(folder)
-    goes_on, finished = (folder / "last.pt").exists(), (folder / "result.json").exists()
-    if overwrite or (resume and goes_on):
-        return
-    if not (goes_on or finished):
-        return check_foreign(folder)
-    before = (read_checkpoint(folder) if goes_on else read_result(folder))["config"]
-    differs = changes(before, config)
-    for name in ("data_root", "model") if config["dataset"] == "folder" else ("model",):
-        text = f"{name} was {before[name]}, is {config[name]}"
-        if before[name] != config[name] and text not in differs:
-            differs.append(text)
-    others = f"--output-dir {unused(folder)} leaves it alone, --overwrite replaces it"
-    if differs:
-        raise ValueError(f"{folder} holds a run already, with other options ({'; '.join(differs)}): {others}")
-    if not goes_on:
-        raise ValueError(f"{folder} holds a run already, without a last.pt to go on from: {others}")
-    shows = "shows its result" if finished else "goes on with it"
-    raise ValueError(f"{folder} holds a run already, with the same options: python train.py --resume {folder} {shows}; "
-                     + others)
-
-
-def check_foreign(folder):
-    """Raises ValueError where a folder without a run holds files that a run would replace."""
-    found = [name for name in places.LOCKED if os.path.lexists(folder / name)]
-    if found:
-        raise ValueError(f"{folder / found[0]} would be replaced, but no run stands there: --output-dir "
-                         f"{unused(folder)} leaves it alone, --overwrite replaces it")
-
-
-def unused(folder):
-    """A folder beside this one that does not exist: runs/a -> runs/a-2."""
-    return next(name for name in (f"{folder}-{n}" for n in itertools.count(2)) if not os.path.exists(name))
-
-
-def holds_run(folder):
-    """Whether a run stands in a folder: a last.pt, a result.json or a log.jsonl that can be read."""
-    for read in (read_checkpoint, read_result, read_log):
-        with contextlib.suppress(OSError, ValueError):
-            if read(folder):
-                return True
-    return False
-
-
-# ---- what must agree -----------------------------------------------------------------------------------------
+# ---- what must agree ---------------------------------------------------------------------------------------
 
 def changes(before, now):
-    """The options in which two configurations differ, without those in IGNORED_WHEN_COMPARING: a list of texts.
+    """The options in which two configurations differ, as texts, without those in IGNORED_WHEN_COMPARING.
 
-    why not two files of weights: they are compared by their content, wherever they lie.
+    Two files of weights are no difference here. why: their contents are compared, wherever they lie.
     """
     differs = [name for name in now if name not in IGNORED_WHEN_COMPARING and before.get(name) != now[name]]
     if "model" in differs and not (is_known(before["model"]) or is_known(now["model"])):
@@ -266,7 +243,7 @@ def is_variant(config):
         return False
     defaults = {**options, **METHODS[config["method"]].recipe(config["dataset"])}
     # why only those that it has: a run may be older than an option
-    return any(comparable(config[option]) != comparable(defaults[option]) for option in options if option in config)
+    return any(comparable(config[name]) != comparable(defaults[name]) for name in options if name in config)
 
 
 def comparable(value):
@@ -275,13 +252,16 @@ def comparable(value):
 
 
 def check_kind(run, checkpoint, other, other_checkpoint):
-    """Raises ValueError with the first thing, seeds aside, in which two runs differ: they must not be averaged."""
+    """Raises ValueError, with the first difference besides the seeds, for runs that cannot be averaged."""
     seeds = {name: checkpoint["config"][name] for name in ("seed", "split_seed")}
     differs = changes(checkpoint["config"], {**other_checkpoint["config"], **seeds})
-    differs += ["it has other classes"] * (checkpoint["class_names"] != other_checkpoint["class_names"])
-    differs += ["it has other CLIP weights"] * (checkpoint["clip_sha256"] != other_checkpoint["clip_sha256"])
-    epochs = [one["epoch"] for one in (checkpoint, other_checkpoint)]
-    differs += ["it stands at epoch {1}, the first one at epoch {0}".format(*epochs)] * (epochs[0] != epochs[1])
+    if checkpoint["class_names"] != other_checkpoint["class_names"]:
+        differs.append("it has other classes")
+    if checkpoint["clip_sha256"] != other_checkpoint["clip_sha256"]:
+        differs.append("it has other CLIP weights")
+    if checkpoint["epoch"] != other_checkpoint["epoch"]:
+        differs.append(f"it stands at epoch {other_checkpoint['epoch']}, the first one at epoch "
+                       f"{checkpoint['epoch']}")
     if differs:
         raise ValueError(f"{other} is another kind of run than {run}: {differs[0]}; evaluate each alone")
 
@@ -298,8 +278,8 @@ def read_alike(folders):
         config = checkpoint["config"]
         seeds = (config["seed"], config["split_seed"])
         if seeds in seen:
-            raise ValueError(f"{run} has the seeds of {seen[seeds]}: a mean over equal runs says nothing; name one "
-                             "of them")
+            raise ValueError(f"{run} has the seeds of {seen[seeds]}: a mean over equal runs says nothing; "
+                             "name one of them")
         seen[seeds] = run
     return checkpoints
 
@@ -307,15 +287,14 @@ def read_alike(folders):
 def check_shared(model, asking):
     """Raises ValueError where a method learns prompts of each class, which say nothing of other classes."""
     if model.class_specific:
-        raise ValueError(f"{asking}: this method learns prompts for each of its classes, which name no other classes; "
-                         "train one whose prompts are shared (for sotglp --shared-local, for coop and locoop without "
-                         "--class-specific)")
+        raise ValueError(f"{asking}: this method learns prompts for each of its classes, which name no other "
+                         "classes; train one whose prompts are shared (for sotglp --shared-local, for coop "
+                         "and locoop without --class-specific)")
 
 
 def check_classes(run, trained, found):
-    """Raises ValueError, with the first class that differs, where a run was trained for other classes than these."""
-    if trained != found:
-        pairs = itertools.zip_longest(trained, found)
-        label, (then, now) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
-        raise ValueError(f"{run} was trained for other classes: label {label} of {len(trained)} was {then!r}, "
-                         f"in the data it is {now!r}, of {len(found)}")
+    """Raises ValueError, with the first class that differs, where a run was trained for other classes."""
+    for label, (then, now) in enumerate(itertools.zip_longest(trained, found)):
+        if then != now:
+            raise ValueError(f"{run} was trained for other classes: label {label} of {len(trained)} was "
+                             f"{then!r}, in the data it is {now!r}, of {len(found)}")

@@ -3,7 +3,7 @@
 import pytest
 
 import evaluate
-from harness import configuration, runs
+from harness import configuration, places, runs
 from harness.options import parse_args
 from methods import METHODS, OPTIONS
 
@@ -55,11 +55,11 @@ def test_the_last_value_that_works_is_taken(words):
 
 
 def test_files_of_somebodys_own_are_not_replaced(tmp_path):
-    runs.check_free(tmp_path, {})
+    places.check_free(tmp_path, {})
     (tmp_path / "log.jsonl").write_text("mine")
     with pytest.raises(ValueError, match="log.jsonl would be replaced, but no run stands there: --output-dir"):
-        runs.check_free(tmp_path, {})
-    runs.check_free(tmp_path, {}, overwrite=True)
+        places.check_free(tmp_path, {})
+    places.check_free(tmp_path, {}, overwrite=True)
 
 
 # ---- what is an ablation, and what another configuration ---------------------------------------------------
