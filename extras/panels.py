@@ -34,6 +34,7 @@ CURVES = ((24, 34, 92), (214, 90, 20), (20, 130, 90), (160, 40, 130), (120, 120,
 
 @functools.cache
 def font(size):
+    """Pillow's own font, read once for each size."""
     return ImageFont.load_default(size)
 
 

@@ -109,6 +109,7 @@ def region_loss(model, patches, targets, bank, scale):
 def new_model(vocabulary):
     """A CLIP with OpenAI's initialisation and a token table of the vocabulary's size, ready to train."""
     model = CLIP(**{**SIZES, "vocab_size": len(vocabulary.ids)}).requires_grad_(True)
+
     for name, p in model.named_parameters():
         if "ln_" in name:
             nn.init.constant_(p, float(name.endswith("weight")))
@@ -119,6 +120,7 @@ def new_model(vocabulary):
         elif p.ndim > 1:
             ends_a_block = "out_proj" in name or "c_proj" in name
             nn.init.normal_(p, std=p[0].numel() ** -.5 * (.35 if ends_a_block else 1))
+
     nn.init.constant_(model.logit_scale, math.log(1 / .07))
     return model
 

@@ -127,4 +127,5 @@ class Vocabulary:
         self.ids = tokenize(BANK + [caption(p, rng) for p in phrases]).unique()
 
     def __call__(self, texts):
+        """Texts -> the places of their tokens in the vocabulary (n, 77)."""
         return torch.searchsorted(self.ids, tokenize(texts))

@@ -28,6 +28,7 @@ class Canvas:
 
     @property
     def mask(self):
+        """The fourth channel, as a picture of its own."""
         return self.image.getchannel("A")
 
     def shade(self, colour, spread=16):
