@@ -1,7 +1,7 @@
 """Where pictures come from: the datasets by name, and the lists of their pictures.
 
-critters.py draws the embedded dataset, folders.py reads a folder for each class, files.py knows where published files
-are and how to get them. A picture is an item `(path, label, class name)` everywhere.
+critters.py draws the embedded dataset, folders.py reads a folder for each class, files.py knows where
+published files are and how to get them. A picture is an item `(path, label, class name)` everywhere.
 """
 
 import itertools
@@ -18,10 +18,10 @@ class Row(NamedTuple):
     sizes: tuple = None        # train, val, test images
     zero_shot: float = None    # published accuracy of the template with ViT-B/16, percent (GalLoP's README)
     pictures: str = ""         # what the picture folder contains
-    layouts: tuple = ()        # (folder of the lists, picture folder in it): CoOp's, torchvision's; the first one found
+    layouts: tuple = ()        # (folder of the lists, picture folder in it): CoOp's, then torchvision's
     lists: tuple = ()          # files that say what the pictures show
-    digest: str = None         # of CoOp's split file: sha256, or git's blob id (40 digits) where only that is known
-    as_people_see: bool = False    # whether pictures are read `as_seen`; the published ones are read as CLIP does
+    digest: str = None         # of CoOp's split file: sha256, or git's blob id (40 digits)
+    as_people_see: bool = False     # whether pictures are read `as_seen`; else as CLIP does
 
 
 DATASETS = {
@@ -41,7 +41,8 @@ DATASETS = {
         (("", "imagenet-adversarial/imagenet-a"),), ("imagenet/classnames.txt",)),
     "imagenet_r": Row("a photo of a {}.", 200, (0, 0, 30000), 74.0, "<wnid>/*.jpg",
         (("", "imagenet-rendition/imagenet-r"),), ("imagenet/classnames.txt",)),
-    "fgvc_aircraft": Row("a photo of a {}, a type of aircraft.", 100, (3334, 3333, 3333), 24.8, "<7 digits>.jpg",
+    "fgvc_aircraft": Row("a photo of a {}, a type of aircraft.", 100, (3334, 3333, 3333), 24.8,
+        "<7 digits>.jpg",
         (("fgvc_aircraft", "images"), ("fgvc-aircraft-2013b/data", "images")),
         ("variants.txt", "images_variant_train.txt", "images_variant_val.txt", "images_variant_test.txt")),
     "caltech101": Row("a photo of a {}.", 100, (4128, 1649, 2465), 92.2, "<class>/image_*.jpg",
@@ -72,22 +73,33 @@ DATASETS = {
         (("ucf101", "UCF-101-midframes"),), ("split_zhou_UCF101.json",),
         "d78cb834f7c5792ceaff2c5ee2d7c76a9e4086e48a3a6b01232989d29cbefdd8"),
 }
+# The datasets without training images.
 VARIANTS = [name for name, row in DATASETS.items() if row.sizes and not row.sizes[0]]
+
+
 # ---- lists of items ----------------------------------------------------------------------------------------
 
-
 def read_lists(name, root, seed=1, held_out=None):
-    """All that a dataset lists, whether it exists or not -> {"train": items, "val": items, "test": items}, names."""
+    """All that a dataset lists -> {"train": items, "val": items, "test": items}, class names.
+
+    It is not asked whether the pictures exist. Raises ValueError for lists that are wrong, FileNotFoundError
+    for missing ones.
+    """
     if name not in DATASETS:
         raise ValueError(f"no dataset is called {name!r}; there are {', '.join(DATASETS)}")
     if held_out is not None and name != "folder":
         raise ValueError(f"--held-out is for one's own pictures, --dataset folder; {name} has a test split")
+
     readers = {"critters": _critters, "imagenet": folders.imagenet_lists, "fgvc_aircraft": _aircraft,
                **dict.fromkeys(VARIANTS, folders.variant_lists)}
-    row, read = DATASETS[name], readers.get(name, _split)
+    read = readers.get(name, _split)
+    row = DATASETS[name]
     try:
         home, images = files.locate(row, root) if row.layouts else ("", "")
-        parts = folders.own_lists(images, seed, held_out) if name == "folder" else read(row, home, images)
+        if name == "folder":
+            parts = folders.own_lists(images, seed, held_out)
+        else:
+            parts = read(row, home, images)
         lists = dict(zip(folders.PARTS, parts))
     except FileNotFoundError as error:
         what = f"there is no {error.filename}" if error.filename else error
@@ -96,25 +108,35 @@ def read_lists(name, root, seed=1, held_out=None):
 
 
 def choose_classes(lists, class_names, classes):
-    """Keeps the items of "all" classes, of "base", the first ceil(C / 2), or of "new", the others, numbered from 0."""
-    half = -(-len(class_names) // 2)
+    """Keeps some of the classes, with labels from 0 -> lists, class names.
+
+    classes: "all", "base", the first ceil(C / 2) of them, or "new", the others.
+    """
+    C = len(class_names)
+    half = (C + 1) // 2
     if classes != "all" and half < 2:
-        raise ValueError(f"{len(class_names)} classes have too few base classes to train on: base and new classes "
-                         "need three or more")
-    first, end = {"all": (0, len(class_names)), "base": (0, half), "new": (half, len(class_names))}[classes]
-    return {part: [(path, label - first, class_name) for path, label, class_name in items if first <= label < end]
-            for part, items in lists.items()}, class_names[first:end]
+        raise ValueError(f"{C} classes have too few base classes to train on: base and new classes need "
+                         "three or more")
+    first, end = {"all": (0, C), "base": (0, half), "new": (half, C)}[classes]
+
+    kept = {}
+    for part, items in lists.items():
+        kept[part] = [(path, label - first, class_name) for path, label, class_name in items
+                      if first <= label < end]
+    return kept, class_names[first:end]
 
 
 def _class_names(name, lists):
-    """Names ordered by the lists' own integer labels; two classes may share a name (ImageNet has two missiles)."""
+    """Class names in the order of their labels. Two classes may share one: ImageNet has two missiles."""
     names = {}
     for path, label, class_name in itertools.chain(*lists.values()):
         if names.setdefault(label, class_name) != class_name:
             raise ValueError(f"{name}: label {label} is {names[label]!r} and, for {path}, {class_name!r}")
+
     labels = sorted(names)
     if labels != list(range(max(1, len(labels)))):
-        raise ValueError(f"{name}: labels should run from 0 without a gap, found {labels[:3]} ... {labels[-1:]}")
+        raise ValueError(f"{name}: labels should run from 0 without a gap, found {labels[:3]} ... "
+                         f"{labels[-1:]}")
     for part in ("test",) if name in VARIANTS else ("train", "test"):
         without = set(labels) - {label for _, label, _ in lists[part]}
         if without:
@@ -133,8 +155,8 @@ def _split(row, home, images):
     with open(path, encoding="utf-8") as file:
         try:
             parts = json.load(file)
-            return [[(f"{images}/{picture}", int(label), str(class_name)) for picture, label, class_name in parts[part]]
-                    for part in ("train", "val", "test")]
+            return [[(f"{images}/{picture}", int(label), str(class_name))
+                     for picture, label, class_name in parts[part]] for part in folders.PARTS]
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} should hold lists train, val and test of [path, label, class name]: "
                              f"{type(error).__name__}: {error}") from error
@@ -143,14 +165,16 @@ def _split(row, home, images):
 def _aircraft(row, home, images):
     """The dataset's own lists, lines `<7 digits> <variant>`; the label is the variant's line in variants.txt.
 
-    differs: the released code trains on train and val together (6,667 images), the literature on train (3,334).
+    differs: the released code trains on train and val (6,667 images), the literature on train (3,334).
     """
     labels = {variant: label for label, variant in enumerate(folders.lines(f"{home}/variants.txt"))}
-    for path in (f"{home}/images_variant_{part}.txt" for part in ("train", "val", "test")):
+    for part in folders.PARTS:
+        path = f"{home}/images_variant_{part}.txt"
         names = folders.read_names(path)
         unknown = set(names.values()) - set(labels)
         if unknown:
-            raise ValueError(f"{path}: {min(unknown)!r} is none of the {len(labels)} variants of variants.txt")
+            raise ValueError(f"{path}: {min(unknown)!r} is none of the {len(labels)} variants of "
+                             "variants.txt")
         yield [(f"{images}/{number}.jpg", labels[variant], variant) for number, variant in names.items()]
 
 

@@ -1,10 +1,11 @@
-"""Where the files of a dataset are, whether they are complete, and how to get them. Lists are read in data.py.
+"""Where the files of a dataset are, whether they are complete, and how to get them.
 
     python data.py --dataset NAME --data-root DIR --download
     python data.py --dataset NAME --data-root DIR --check
 
-`row` is a dataset's line in data.DATASETS. torchvision downloads the pictures where it can. CoOp's split files and the
-class names of ImageNet come from addresses whose content is fixed by a commit; their hashes are compared.
+`row` is a dataset's line in sources.DATASETS. torchvision downloads the pictures where it can. CoOp's split
+files and the class names of ImageNet come from addresses whose content is fixed by a commit; their hashes are
+compared.
 """
 
 import collections
@@ -17,7 +18,6 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
-
 
 GITHUB = "https://raw.githubusercontent.com"
 SPLITS = (f"{GITHUB}/linzhiqiu/cross_modal_adaptation/ac9077ee4e422f768c9b9109551468605e33ec9a/splits",
@@ -33,22 +33,19 @@ BROKEN = (OSError, RuntimeError, ValueError, EOFError, HTTPException, tarfile.Ta
           zlib.error)
 LIST_LIMIT = 64 * 2**20                            # bytes that a list may have
 BY_HAND = {
-    "imagenet": "register at https://image-net.org, get ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, unpack "
-                "them into one folder per class",
+    "imagenet": "register at https://image-net.org, get ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, "
+                "unpack them into one folder per class",
     "imagenet_v2": "huggingface.co/datasets/vaishaal/ImageNetV2 has imagenetv2-matched-frequency.tar.gz",
     "imagenet_sketch": "github.com/HaohanWang/ImageNet-Sketch says where they are",
     "imagenet_a": "https://people.eecs.berkeley.edu/~hendrycks/imagenet-a.tar",
     "imagenet_r": "https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar",
-    "stanford_cars": "the authors' page, ai.stanford.edu/~jkrause/cars, is gone; copies of cars_train and cars_test "
-                     "are in use elsewhere",
-    "ucf101": "the middle frames of the videos, UCF-101-midframes.zip, are file 10Jqome3vtUA2keJkNanAiFpgbyC9Hc2O on "
-              "Google Drive, where CoOp's authors put them"}
+    "stanford_cars": "the authors' page, ai.stanford.edu/~jkrause/cars, is gone; copies of cars_train and "
+                     "cars_test are in use elsewhere",
+    "ucf101": "the middle frames of the videos, UCF-101-midframes.zip, are file "
+              "10Jqome3vtUA2keJkNanAiFpgbyC9Hc2O on Google Drive, where CoOp's authors put them"}
 
 
-# ---- which files ---------------------------------------------------------------------------------------------
-
-
-# ---- where ---------------------------------------------------------------------------------------------------
+# ---- where -------------------------------------------------------------------------------------------------
 
 def absolute(root):
     """The root as an absolute path, ~ resolved."""
@@ -63,20 +60,28 @@ def locate(row, root):
 
 
 def tree(name, row, root, failed=False):
-    """The files that are expected and their places, for error messages. failed: a download was tried just now."""
+    """Where files are expected, and how to get them, for errors. failed: a download was just tried."""
     root = absolute(root)
-    layouts = ["".join(f"\n  {os.path.join(root, home, file)}" for file in
-                       (*row.lists, os.path.join(images, row.pictures))) for home, images in row.layouts]
-    by_hand = f"\nthe pictures: {BY_HAND[name]}" if name in BY_HAND else ""
-    fetch = f"\n{'the list' if by_hand else 'to get it'}: python data.py --dataset {name} --data-root {root} --download"
-    if failed:
-        fetch = "\nfetch the files on another machine and put them there"
-    return "expected:" + "\nor:".join(layouts) + by_hand + (fetch if row.lists else "")
+    layouts = []
+    for home, images in row.layouts:
+        expected = [*row.lists, os.path.join(images, row.pictures)]
+        layouts.append("".join(f"\n  {os.path.join(root, home, file)}" for file in expected))
+    text = "expected:" + "\nor:".join(layouts)
+
+    if name in BY_HAND:
+        text += f"\nthe pictures: {BY_HAND[name]}"
+    if row.lists and failed:
+        text += "\nfetch the files on another machine and put them there"
+    elif row.lists:
+        what = "the list" if name in BY_HAND else "to get it"
+        text += f"\n{what}: python data.py --dataset {name} --data-root {root} --download"
+    return text
 
 
 def missing(paths):
     """The paths that do not exist. Each folder is listed once, without a look at each file."""
-    folders, gone = {}, []
+    folders = {}               # {folder: names of what it holds}
+    gone = []
     for path in paths:
         folder, file = os.path.split(path)
         if folder not in folders:
@@ -94,27 +99,30 @@ def is_published(row, root):
     return digest(f"{locate(row, root)[0]}/{row.lists[0]}", like=row.digest) == row.digest
 
 
-# ---- getting -------------------------------------------------------------------------------------------------
+# ---- getting -----------------------------------------------------------------------------------------------
 
 def download(name, row, root):
     """Downloads what is missing: the pictures first, because their layout decides where the lists go."""
     from clip.download import fetch  # why here: as in is_published
     if not row.lists:
         raise ValueError(f"{name} needs no download")
+
     root = absolute(root)
     if name in BY_HAND:
         print(f"{name}: the pictures must be downloaded by hand\n" + tree(name, row, root), flush=True)
     elif not os.path.isdir(locate(row, root)[1]):
         print(f"{name}: torchvision downloads the pictures into {root}", flush=True)
         download_pictures(name, row, root)
+
     home, _ = locate(row, root)
     for file in row.lists:
         path = f"{home}/{file}"
         if os.path.exists(path):
             print(f"{path} is there already")
         elif row.digest or file.endswith("classnames.txt"):
-            addresses, expected = (SPLITS, row.digest) if row.digest else (CLASSNAMES, CLASSNAMES_DIGEST)
-            fetch([f"{address}/{os.path.basename(file)}" for address in addresses], path, expected, LIST_LIMIT)
+            folders, expected = (SPLITS, row.digest) if row.digest else (CLASSNAMES, CLASSNAMES_DIGEST)
+            addresses = [f"{folder}/{os.path.basename(file)}" for folder in folders]
+            fetch(addresses, path, expected, LIST_LIMIT)
             print(f"{path} downloaded, digest as expected")
 
 
@@ -124,7 +132,7 @@ def download_pictures(name, row, root):
     part = os.path.join(root, f"{name}.part")
     try:
         os.makedirs(part, exist_ok=True)
-        # why: all is there where a module is missing: Flowers102 needs scipy for its labels, which we do not use
+        # why: Flowers102 has its pictures by the time it asks for scipy, for labels that we do not use
         with contextlib.suppress(ModuleNotFoundError):
             getattr(torchvision.datasets, TORCHVISION[name])(part, download=True)
         move_into(part, root)
@@ -137,7 +145,7 @@ def download_pictures(name, row, root):
 
 
 def move_into(folder, other):
-    """Moves all that a folder holds into another one, folder by folder where both have one of the same name."""
+    """Moves all that a folder holds into another one. Folders that both have are merged."""
     for entry in os.scandir(folder):
         place = os.path.join(other, entry.name)
         if entry.is_dir() and os.path.isdir(place):
@@ -146,7 +154,7 @@ def move_into(folder, other):
             os.replace(entry.path, place)
 
 
-# ---- checking ------------------------------------------------------------------------------------------------
+# ---- checking ----------------------------------------------------------------------------------------------
 
 def check(name, row, root, lists, class_names, read_image):
     """Reads every picture that the lists name and prints what it finds -> whether all is as expected."""
@@ -155,38 +163,52 @@ def check(name, row, root, lists, class_names, read_image):
     if is_published(row, root) is False:
         fine = False
         print(f"{row.lists[0]} is not CoOp's published file")
-    for part, items, size in zip(lists, lists.values(), row.sizes or (None,) * 3):
-        per_class = collections.Counter(label for _, label, _ in items).values()
-        right = size in (None, len(items))
-        print(f"{part}: {len(items)} images" + _unless(right, size)
-              + (f", {min(per_class)} to {max(per_class)} per class" if items else ""))
-        gone = set(missing(path for path, *_ in items if os.path.isabs(path)))
-        if gone:
-            print(f"{len(gone)} of {len(items)} {part} images missing, first: {min(gone)}")
-        bad = unreadable([path for path, *_ in items if path not in gone], read_image)
-        for fault in bad[:5]:
-            print(fault)
-        if bad:
-            print(f"{len(bad)} of {len(items)} {part} images cannot be read")
-        fine = fine and right and not gone and not bad
-    for line in twins(lists) if row.as_people_see else ():
-        print(line)
+
+    for part, size in zip(lists, row.sizes or (None, None, None)):
+        part_is_fine = check_part(part, lists[part], size, read_image)
+        fine = fine and part_is_fine
+    if row.as_people_see:
+        for line in twins(lists):
+            print(line)
     print("all as expected" if fine else tree(name, row, root))
     return fine
 
 
+def check_part(part, items, size, read_image):
+    """Reads the pictures of a part and prints what it finds -> whether all is as expected.
+
+    size: how many there should be; None: any number.
+    """
+    fine = size in (None, len(items))
+    per_class = collections.Counter(label for _, label, _ in items).values()
+    span = f", {min(per_class)} to {max(per_class)} per class" if items else ""
+    print(f"{part}: {len(items)} images" + _unless(fine, size) + span)
+
+    gone = set(missing(path for path, *_ in items if os.path.isabs(path)))
+    if gone:
+        print(f"{len(gone)} of {len(items)} {part} images missing, first: {min(gone)}")
+    bad = unreadable([path for path, *_ in items if path not in gone], read_image)
+    for fault in bad[:5]:
+        print(fault)
+    if bad:
+        print(f"{len(bad)} of {len(items)} {part} images cannot be read")
+    return fine and not gone and not bad
+
+
 def twins(lists):
-    """Warnings of pictures that are the same, byte by byte, in two parts or in two classes; lists: {part: items}."""
+    """Warnings of equal files in two parts or in two classes; lists: {part: items}."""
     from clip.download import digest  # why here: as in is_published
     by_size = collections.defaultdict(list)
     for part, items in lists.items():
         for path, label, _ in items:
             if os.path.exists(path):
                 by_size[os.path.getsize(path)].append((part, label, path))
+
     by_content = collections.defaultdict(list)
     for size, group in by_size.items():
-        for part, label, path in group if len(group) > 1 else ():
-            by_content[size, digest(path)].append((part, label, path))
+        if len(group) > 1:                                 # why: most files then need not be read
+            for part, label, path in group:
+                by_content[size, digest(path)].append((part, label, path))
 
     lines = []
     for where, column in (("two parts", 0), ("two classes", 1)):
@@ -200,11 +222,14 @@ def twins(lists):
 def unlike(group, column):
     """The paths of two entries of a group that differ in a column, or None."""
     first, *others = group
-    return next(((first[2], other[2]) for other in others if other[column] != first[column]), None)
+    for other in others:
+        if other[column] != first[column]:
+            return first[2], other[2]
+    return None
 
 
-def _unless(right, expected):
-    return "" if right else f" (expected {expected})"
+def _unless(fine, expected):
+    return "" if fine else f" (expected {expected})"
 
 
 def unreadable(paths, read_image):
@@ -217,7 +242,7 @@ def unreadable(paths, read_image):
 
     faults = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:       # why threads: Pillow decodes outside Python's lock
-        for start in range(0, len(paths), 100):            # why in pieces: the pool takes all that it is given
+        for start in range(0, len(paths), 100):            # why in pieces: the pool takes all it is given
             piece = paths[start : start + 100]
             faults += filter(None, pool.map(fault, piece))
             if sys.stderr.isatty():

@@ -8,8 +8,8 @@ import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
-# What Pillow reads by itself. why not EPS, WMF, HDF5 and the like: it needs other programs for them; nor FITS:
-# it leaves out their scale.
+# What Pillow reads by itself. why not EPS, WMF, HDF5 and the like: it needs other programs for them. why not
+# FITS: it ignores their scale.
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".avifs", ".gif",
             ".tif", ".tiff", ".bmp", ".dib", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx",
             ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".icb", ".vda", ".vst", ".sgi", ".rgb",
@@ -136,9 +136,9 @@ def class_folders(folder):
     if not classes:
         pictures = walk(folder).pictures
         if pictures:
-            raise ValueError(f"{folder} is flat: {len(pictures)} pictures and no class folder; move each into "
-                             f"{folder}/<class>/ (for ImageNet's validation pictures its development kit has the "
-                             "classes; for your own, is the folder one level too low?)")
+            raise ValueError(f"{folder} is flat: {len(pictures)} pictures and no class folder; move each "
+                             f"into {folder}/<class>/ (for ImageNet's validation pictures its development kit has "
+                             "the classes; for your own, is the folder one level too low?)")
         raise FileNotFoundError(f"there is no class folder in {folder}")
     check_spellings(folder, classes)
     found = {normal(name): walk(f"{folder}/{name}") for name in classes}

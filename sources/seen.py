@@ -14,7 +14,10 @@ from PIL.Image import Transpose
 PNG = b"\x89PNG\r\n\x1a\n"         # how such a file begins
 # Tags of EXIF and TIFF, by number.
 ORIENTATION = 0x0112
-BITS, PHOTOMETRIC, SAMPLE_FORMAT, GDAL_NODATA = 258, 262, 339, 42113
+BITS = 258
+PHOTOMETRIC = 262
+SAMPLE_FORMAT = 339
+GDAL_NODATA = 42113
 TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
          5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
 # Values that measuring programs write where there is none; those of this size and more are such values, too.
@@ -30,6 +33,7 @@ def as_seen(image):
         image = grey_of_8_bits(image)
     if turn is not None:
         image = image.transpose(turn)
+
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -50,21 +54,20 @@ def orientation(image):
 
 
 def exif_orientation(block):
-    """The orientation in an EXIF block, or None. why not Pillow's: it stops where another entry is damaged."""
+    """The orientation in an EXIF block, or None. why not by Pillow: it stops at another damaged entry."""
     order = {b"II": "<", b"MM": ">"}[block[:2]]
-    start, = struct.unpack_from(f"{order}I", block, 4)
-    count, = struct.unpack_from(f"{order}H", block, start)
+    start = struct.unpack_from(f"{order}I", block, 4)[0]
+    count = struct.unpack_from(f"{order}H", block, start)[0]
     for place in range(start + 2, start + 2 + 12 * count, 12):
         tag, kind = struct.unpack_from(f"{order}HH", block, place)
         if tag == ORIENTATION:
             letter = "I" if kind == 4 else "H"           # a long number, or a short one, as it should be
-            value, = struct.unpack_from(order + letter, block, place + 8)
-            return value
+            return struct.unpack_from(order + letter, block, place + 8)[0]
     return None
 
 
 def open_image(file):
-    """An open file as a PIL image, also a PNG with a damaged EXIF block, which browsers show and Pillow refuses."""
+    """An open file as a PIL image, also a PNG with a damaged EXIF block, which Pillow alone refuses."""
     try:
         return Image.open(file)
     except UnidentifiedImageError:
@@ -90,8 +93,8 @@ def without_exif(content):
 def grey_of_8_bits(image):
     """Grey values of 16 or 32 bits -> a PIL image of 8 bits, white where there is no valid value.
 
-    16 bits, or as many as the file says, have a white of their own. 32 bits have none, so that the least valid
-    value is black and the largest white.
+    With 16 bits, or as many as the file says, the largest number is white. With 32 bits the least valid value
+    is black and the largest white.
     """
     tags = getattr(image, "tag_v2", {})
     values = numpy.asarray(image).astype(numpy.float64)                            # (h, w)
@@ -101,12 +104,14 @@ def grey_of_8_bits(image):
     valid = is_valid(values, (tags.get(GDAL_NODATA), image.info.get("transparency")))
     if not valid.any():
         raise ValueError("none of its pixels has a valid value")
+    low = 0
     if image.mode.startswith("I;16"):
-        low, high = 0, 2 ** tags.get(BITS, (16,))[0] - 1
+        high = 2 ** tags.get(BITS, (16,))[0] - 1
     elif image.mode == "I" and image.format == "PPM":    # which Pillow has scaled to 16 bits
-        low, high = 0, 65535
+        high = 65535
     else:
-        low, high = values[valid].min(), values[valid].max()
+        low = values[valid].min()
+        high = values[valid].max()
 
     grey = (values - low) / ((high - low) or 1)
     if tags.get(PHOTOMETRIC) == 0:                       # white is zero; Pillow knows that of 8 bits alone
@@ -115,7 +120,10 @@ def grey_of_8_bits(image):
 
 
 def is_valid(values, declared):
-    """Which of some values are finite, and neither usual nor declared as no value; declared: texts, numbers, None."""
+    """Which values are finite and do not stand for a missing value, by custom or as the file declares.
+
+    declared: what the file says, numbers, texts or None.
+    """
     valid = numpy.isfinite(values) & (numpy.abs(values) < NO_MEASUREMENT) & ~numpy.isin(values, NO_DATA)
     for hole in declared:
         with contextlib.suppress(TypeError, ValueError):   # None, or a text that is no number
