@@ -131,7 +131,8 @@ def local_logits(patches, text, scale, n_support=10, epsilon=0.1, n_iters=20, pl
     """Transport-weighted similarity of the kept patches to a class's local prompts, times 1/tau.  Eq. 7-11
 
     patches (B, P, D), text (C, L, D) -> logits (B, C), plan (B, C, K, L); `sparse_transport` tells which
-    patches its rows are. plan_gradient=False holds the plan constant in the backward pass, as the released code does.
+    patches its rows are. plan_gradient=False holds the plan constant in the backward pass, as the released
+    code does.
     """
     similarity = patch_similarity(patches, text)                                   # (B, C, P, L)
     kept, plan, _ = sparse_transport(similarity, n_support, epsilon, n_iters, plan_gradient)

@@ -162,7 +162,7 @@ def learning_rate(epoch, args):
     """Linear warm-up, then cosine to 0.  Sec. 4
 
     epoch: a number with a fraction, in [0, epochs). why per step: a run of one epoch sees the whole schedule.
-    differs: Sec. 4 does not say that the warm-up is linear, that the cosine ends at 0, or how often it changes.
+    differs: Sec. 4 does not say that the warm-up is linear, where the cosine ends, or how often it changes.
     """
     if epoch < args.warmup_epochs:
         return args.lr * epoch / args.warmup_epochs

@@ -80,8 +80,8 @@ class Block(nn.Module):
         q, k, v = self.attn.to_qkv(self.ln_1(x))
 
         # Eq. 2: Z_l = Z_{l-1} + Proj(softmax(V V^T / sqrt(d)) V)
-        # differs: Eq. 2 has one softmax, CLIP's attention has one per head, d being the width of a head; Eq. 2
-        # does not say whose V it is, here it is that of x (PAPER.md, decision 1)
+        # differs: Eq. 2 has one softmax, CLIP's attention has one per head, whose width is d; and Eq. 2 does
+        # not say whose V it is, here it is that of x (PAPER.md, decision 1)
         z = z + self.attn.merge(F.scaled_dot_product_attention(v, v, v))
 
         x = x + self.attn.merge(F.scaled_dot_product_attention(q, k, v))
@@ -166,7 +166,7 @@ class VisionTransformer(nn.Module):
         *blocks, last = self.transformer.resblocks
         for block in blocks:
             x, z = block.forward_dual(x, z)
-        return forward_dual_last(last, x, z)                  # = last.forward_dual(x, z): CLS of x, patches of z
+        return forward_dual_last(last, x, z)           # = last.forward_dual(x, z): CLS of x, patches of z
 
     def own_stream(self, images, stream):
         """CLS (B, W), patches (B, P, W) of CLIP's own stream; "value": no attention in the last block."""

@@ -3,8 +3,8 @@
 `encode_own` is Eq. 1 as it stands in the paper. `encode_shared` gives the same for prompts that all classes
 share, with less work. What serves many classes (chunks) and many processes (shares) stands below the two.
 
-Letters:  C classes, c of them at once   N prompts of any kind   M tokens per prompt   S tokens of [SOS] name [EOT]
-          D joint embedding width   W width of the text tower
+Letters:  C classes, c of them at once   N prompts of any kind   M tokens per prompt   J blocks with prompts
+          S tokens of [SOS] name [EOT]   D joint embedding width   W width of the text tower
 """
 
 from functools import partial
@@ -41,10 +41,10 @@ class ClassTexts:
     def __call__(self, prompts, suffix="", deep=None, raw=False):
         """[SOS], prompt, class name, suffix, [EOT] for each prompt and class -> unit (C, N, D).  Eq. 1
 
-        prompts: (N, M, W) for all classes, or (C, N, M, W); deep (J-1, n, W): what replaces the first n of the M
-        tokens in deeper blocks; raw: features as the tower gives them, not of unit length. With several ranks
-        each process encodes its share of the classes and receives the other shares, so all processes must
-        call this together.
+        prompts: (N, M, W) for all classes, or (C, N, M, W); deep (J-1, n, W): what replaces the first n of
+        the M tokens in deeper blocks; raw: features as the tower gives them, not of unit length. With several
+        ranks each process encodes its share of the classes and receives the other shares, so all processes
+        must call this together.
         """
         tokens, eot, chunks, order = self.prepare(prompts.shape[-2], suffix)
         shared = prompts.dim() == 3 and deep is None
@@ -72,8 +72,8 @@ class ClassTexts:
     def encode_both(self, shared, own):
         """Two kinds of prompts -> the features of each, unit (C, N, D).  Eq. 1
 
-        why in one pass on a GPU: with few classes it mostly waits for kernel launches, and one pass launches half
-        as many. On a CPU two passes are cheaper, since `encode_shared` saves work.
+        why in one pass on a GPU: with few classes it mostly waits for kernel launches, and one pass launches
+        half as many. On a CPU two passes are cheaper, since `encode_shared` saves work.
         """
         if not self.in_one_pass:
             return self(shared), self(own)
