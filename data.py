@@ -19,7 +19,7 @@ import clip  # before torch: it bounds how long torch's threads wait; else only 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from harness import machine
+from harness import machine, processes
 from harness.parser import Parser
 from sources import DATASETS, choose_classes, files, folders, read_lists, split_matches_published
 from sources.reading import read_image
@@ -270,7 +270,7 @@ def train_loader(pictures, batches, workers=0, device="cpu"):
 
 def end_with_parent(worker):
     """In each process that reads pictures: it ends when its parent is gone, even by SIGKILL."""
-    machine.end_with_parent()
+    processes.end_with_parent()
 
 
 def test_loader(pictures, batch_size, workers=0, device="cpu", rank=0, world=1):

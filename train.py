@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import evaluate
-from harness import machine, places, results, run_pictures, runs
+from harness import machine, places, processes, results, run_pictures, runs
 from harness.agreement import check_agreement, facts, together
 from harness.cached_features import CachedFeatures
 from harness.checkpoints import resume, save_checkpoint, start_from, write_log
@@ -307,7 +307,7 @@ def main(args):
 
 def train(args):
     """Set up, train epoch by epoch, test once."""
-    _, world = machine.rank_and_world()
+    _, world = processes.rank_and_world()
     check_args(args, world)
     with together():
         rank, world, device = machine.start_processes(args)

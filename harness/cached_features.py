@@ -23,8 +23,7 @@ class CachedFeatures:
         n = len(run.train_set)
         P = len(tower.positional_embedding) - 1
         W = len(tower.proj)
-        # why reserved: autocast returns float32, which must not pile up, and joining batches would take it
-        # all twice
+        # why reserved: autocast returns float32, and batches that are joined in the end need memory twice
         dtype = machine.HALF.get(run.args.amp, torch.float32)
         self.cls = torch.empty(n, W, dtype=dtype, device=run.device)
         self.patches = torch.empty(n, P, W, dtype=dtype, device=run.device)
@@ -39,6 +38,7 @@ class CachedFeatures:
             self.cls[start:stop:run.world] = cls
             self.patches[start:stop:run.world] = patches
             start = stop
+
         share_rows(self.cls, run.world)
         share_rows(self.patches, run.world)
         if run.rank == 0:
@@ -53,8 +53,10 @@ class CachedFeatures:
 
 
 def share_rows(tensor, world):
-    """Process r has filled the rows r, r + world, ... of its tensor; then every process has all rows."""
-    for source in range(world if world > 1 else 0):
+    """Gives every process all rows of a tensor, of which process r has filled the rows r, r + world, ..."""
+    if world == 1:
+        return
+    for source in range(world):
         rows = tensor[source::world].contiguous()
         dist.broadcast(rows.view(torch.uint8), source)   # why bytes: gloo does not know every type
         tensor[source::world] = rows

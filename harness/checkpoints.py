@@ -45,6 +45,7 @@ def resume(run):
         raise ValueError(f"{run.folder} was started with other options ({'; '.join(changed)}): "
                          f"python train.py --resume {run.folder} goes on with its own; "
                          f"--output-dir {places.unused(run.folder)} without --resume leaves it alone")
+
     runs.check_classes(run.folder, checkpoint["class_names"], run.fingerprint["class_names"])
     run_pictures.check_data(run.folder, checkpoint["data"], run.fingerprint["data"])
     runs.restore(run.folder, checkpoint, run.model, run.fingerprint["clip_sha256"])
@@ -56,8 +57,8 @@ def resume(run):
             run.scaler.load_state_dict(checkpoint["scaler"])
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{run.folder}/last.pt is damaged: its optimizer state does not fit") from error
-    # why: with the pictures of a run that it started from
-    run.fingerprint["training"] = checkpoint["training"]
+
+    run.fingerprint["training"] = checkpoint["training"]     # why: it includes those of --start-from
     run.log = checkpoint["log"]
     run.started -= checkpoint["seconds"]                 # why: the time before the interruption counts too
     if run.rank == 0:

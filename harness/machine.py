@@ -186,6 +186,7 @@ def own_gpu(device):
         raise ValueError(f"--device {device} is one GPU for several processes: give --device cuda")
     if n_gpus == 1:                       # why: srun shows each of its tasks one GPU, which then is number 0
         return 0
+
     if "LOCAL_RANK" not in os.environ:
         raise ValueError(f"LOCAL_RANK is not set, and this process sees {n_gpus} GPUs: set it to the number "
                          "of the process on its machine, or show each process one GPU by "

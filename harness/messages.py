@@ -25,8 +25,10 @@ def announce(run):
           f"{len(run.train_set)} training and {len(run.test_set)} {args.test_split} images; {processes} on "
           f"{run.device.type}, {threads}{each}, precision {machine.precision(args.amp)}, "
           f"writing to {run.folder}")
+
     options = "".join(f"{name}={value}  " for name, value in unusual(args).items())
     print(f"options: {options}all others have their defaults; result.json has them")
+
     if args.dataset == "folder":
         twins = files.twins({"train": run.train_set, "test": run.test_set})
         for line in (*folders.remarks(args.data_root), *twins):

@@ -147,6 +147,7 @@ def options_of(method, dataset):
 
 
 def add_data_options(add, method, methods):
+    """The options that say what is trained on which pictures."""
     trained = [name for name in DATASETS if name not in VARIANTS]
     add("--method", metavar="NAME", choices=methods, default=method,
         help=", ".join(methods) + " (%(default)s)")
@@ -159,6 +160,7 @@ def add_data_options(add, method, methods):
         help="ViT-B/16, ViT-B/32, ViT-L/14, tiny, or a weights file (tiny for critters, else ViT-B/16)")
     add("--activation", choices=("quickgelu", "gelu"), default="quickgelu",
         help="of somebody's weights file (%(default)s)")
+
     add("--template", metavar="TEXT", help="prompt of the zero-shot row, {} is the class (the dataset's)")
     add("--classes", choices=("all", "base"), default="all",
         help="base: the first half; evaluate.py --classes new tests the others")
@@ -168,6 +170,7 @@ def add_data_options(add, method, methods):
         help="of `folder` without test/, kept for the test (0.5)")
     add("--test-split", choices=("test", "val"), default="test",
         help="val leaves the test unread (%(default)s)")
+
     add("--seed", metavar="N", type=int, default=1,
         help="initial prompts, order, crops; the paper averages 3 (%(default)s)")
     add("--split-seed", metavar="N", type=int, default=1, help="draws the shots (%(default)s)")
@@ -176,6 +179,7 @@ def add_data_options(add, method, methods):
 
 
 def add_recipe_options(add):
+    """The options of the optimisation; a method's recipe has their defaults."""
     add("--epochs", metavar="N", type=int, help="all epochs, warm-up included (%(default)s)")
     add("--warmup-epochs", metavar="X", type=float,
         help="linear warm-up (%(default)s, but at most a tenth of the epochs)")
@@ -187,6 +191,7 @@ def add_recipe_options(add):
 
 
 def add_machine_options(add):
+    """The options of the machine: precision, device, memory and speed."""
     add("--amp", choices=("off", "fp16", "bf16"), help="mixed precision (fp16 on CUDA, else off)")
     add("--device", metavar="NAME",
         help="cpu, cuda, cuda:1; torchrun gives each process its GPU (a GPU if any)")
@@ -198,6 +203,7 @@ def add_machine_options(add):
 
 
 def add_folder_options(group):
+    """The options that say where a run is written, and what becomes of one that is there."""
     group.add_argument("--output-dir", metavar="DIR",
                        help="(runs/<dataset>-<shots>shot-seed<seed>, with the method and the options that "
                             "are not the usual ones)")

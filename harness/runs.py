@@ -210,6 +210,7 @@ def read_result(run):
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}; remove it, and train.py "
                          f"--resume {run} tests the run again") from error
+
     if wrong:
         raise ValueError(f"{path} is damaged, or is not a file of this program: it has no readable "
                          f"{', '.join(wrong)}")

@@ -130,6 +130,7 @@ def download_pictures(name, row, root):
     """Lets torchvision fetch and unpack the pictures. They come into the root whole, or not at all."""
     import torchvision  # why here: as in clip.preprocess
     part = os.path.join(root, f"{name}.part")
+
     try:
         os.makedirs(part, exist_ok=True)
         # why: Flowers102 has its pictures by the time it asks for scipy, for labels that we do not use

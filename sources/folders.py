@@ -114,7 +114,7 @@ def own_lists(root, seed, held_out=None):
 
     There are folders train/ and test/ or val/ or both; without test/, val/ is the test. Or there are only
     class folders: then the share `held_out` of each class, HELD_OUT where None, is drawn for the test. Class
-    names are those of classnames.txt, `<folder> <name>` in each line, else the folders' with _ and - as spaces.
+    names are those of classnames.txt, lines `<folder> <name>`, else the folders' with _ and - as spaces.
     Raises ValueError for fewer than two classes, and where `held_out` has nothing to do.
     """
     parts = layout(root)

@@ -137,9 +137,10 @@ def class_folders(folder):
         pictures = walk(folder).pictures
         if pictures:
             raise ValueError(f"{folder} is flat: {len(pictures)} pictures and no class folder; move each "
-                             f"into {folder}/<class>/ (for ImageNet's validation pictures its development kit has "
-                             "the classes; for your own, is the folder one level too low?)")
+                             f"into {folder}/<class>/ (for ImageNet's validation pictures its development "
+                             "kit has the classes; for your own, is the folder one level too low?)")
         raise FileNotFoundError(f"there is no class folder in {folder}")
+
     check_spellings(folder, classes)
     found = {normal(name): walk(f"{folder}/{name}") for name in classes}
     for name, (pictures, others, _) in found.items():

@@ -20,7 +20,7 @@ import data
 import evaluate
 import ood
 from extras import compare, tables, visualize
-from harness import machine, places, runs
+from harness import machine, places, processes, runs
 import train as script
 from conftest import copy, random_clip, read, train
 
@@ -138,12 +138,12 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
 
 
 def wait_as_a_rank(parent):
-    machine.end_with_parent()
+    processes.end_with_parent()
     time.sleep(60)
 
 
 def wait_as_a_command(parent):
-    os.environ[machine.STARTED_BY] = str(parent)
+    os.environ[processes.STARTED_BY] = str(parent)
     with machine.plain_errors():
         time.sleep(60)
 
