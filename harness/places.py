@@ -25,10 +25,10 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 # ---- the folder of a run -----------------------------------------------------------------------------------
 
 def lock(folder, patience=2.0):
-    """Takes a folder, and makes it where there is none, for this process -> the file to close in the end.
+    """Locks a folder for this process, and makes it where there is none -> the file to close in the end.
 
-    Raises OSError with the number of the process that has it, and for a file `lock` of somebody's own.
-    Removes what a killed process left half-written.
+    Removes what a killed process left half-written. Raises OSError with the number of the process that has the
+    lock, and for a file `lock` of somebody's own.
     why lockf: a loader worker inherits a flock and keeps it when its parent is killed, but not this lock.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,10 @@ def write_number(file):
 
 
 def wait_for(file, folder, patience):
-    """Locks a file that holds nothing, or the number of a process. Raises OSError where that one has it."""
+    """Locks a file in which stands, if anything, the number of the process that took it last.
+
+    Raises OSError where that process still has it, and for a file with another content.
+    """
     file.seek(0)
     owner = file.read(100)
     if owner and not owner.isdecimal():
@@ -108,7 +111,7 @@ def remove(folder, names=REPORTS):
 
 
 def check_apart(folder, root, option="--output-dir"):
-    """Raises ValueError for a folder of results among class folders of one's own pictures.
+    """Raises ValueError for a folder of results among the class folders of one's own pictures.
 
     why: the next command would take it for a class.
     """
@@ -183,9 +186,9 @@ def holds_run(folder):
 # ---- any file or folder that an option names ---------------------------------------------------------------
 
 def check_file(path, option):
-    """Raises ValueError or OSError for a file that cannot be written, or belongs to a run. Makes its folder.
+    """Makes the folder of a file. Raises ValueError or OSError where the file cannot or must not be written.
 
-    why before the work: else it would show when all is done.
+    It must not if a run has a file of this name. why before the work: else the user hears of it at the end.
     """
     if os.path.isdir(path) or str(path).endswith("/"):
         raise ValueError(f"{option} {path} is a folder: name a file")
