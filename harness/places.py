@@ -27,8 +27,8 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 def lock(folder, patience=2.0):
     """Locks a folder for this process, and makes it where there is none -> the file to close in the end.
 
-    Removes what a killed process left half-written. Raises OSError with the number of the process that has the
-    lock, and for a file `lock` of somebody's own.
+    Removes what a killed process left half-written. Raises OSError with the number of the process that has
+    the lock, and for a file `lock` of somebody's own.
     why lockf: a loader worker inherits a flock and keeps it when its parent is killed, but not this lock.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
