@@ -58,11 +58,19 @@ def test_a_gpu_without_a_number_is_the_first_one(name, index, gpus):
     assert machine.use_device("cpu") == torch.device("cpu") and len(done) == 2
 
 
-def test_a_gpu_computes_in_float32_and_without_cudnns_attention(gpus, monkeypatch):
-    gpus(1)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+@pytest.fixture
+def tf32():
+    """TF32 and cuDNN's attention are on, as in a fresh process; afterwards all is as before."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(True)
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_a_gpu_computes_in_float32_and_without_cudnns_attention(gpus, tf32):
+    gpus(1)
     machine.use_device("cuda")
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
     assert not torch.backends.cuda.cudnn_sdp_enabled()
