@@ -249,8 +249,8 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def logits(self, outputs):
-        """The score that decides: (B, C)."""
-        raise NotImplementedError
+        """The score that decides, the first of `scores`: (B, C)."""
+        return next(iter(self.scores(outputs).values()))
 
     def scores(self, outputs):
         """All scores for reports, the decisive one first: {name: (B, C)}."""

@@ -68,10 +68,6 @@ class CoOp(Method):
         loss = objective(outputs[0], labels, n_batch)
         return loss, {"global": loss.detach()}
 
-    def logits(self, outputs):
-        """The only score: (B, C)."""
-        return outputs[0]
-
     def scores(self, outputs):
         """{"global": (B, C)}."""
         return {"global": outputs[0]}

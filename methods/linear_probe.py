@@ -81,10 +81,6 @@ class LinearProbe(Method):
         cls, _ = self.features(features)                                           # (B, W)
         return (logits(to_joint_space(cls, self.clip.visual.proj), self.weight, self.bias),)
 
-    def logits(self, outputs):
-        """The only score: (B, C)."""
-        return outputs[0]
-
     def scores(self, outputs):
         """{"probe": (B, C)}."""
         return {"probe": outputs[0]}

@@ -83,10 +83,6 @@ class MaPLe(Method):
         loss = coop.objective(outputs[0], labels, n_batch)
         return loss, {"global": loss.detach()}
 
-    def logits(self, outputs):
-        """The score that decides: (B, C)."""
-        return outputs[0]
-
     def scores(self, outputs):
         """{"global": (B, C)}."""
         return {"global": outputs[0]}

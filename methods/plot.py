@@ -76,10 +76,6 @@ class PLOT(Method):
         loss = coop.objective(outputs[0], labels, n_batch)
         return loss, {"local": loss.detach()}
 
-    def logits(self, outputs):
-        """The only score: (B, C)."""
-        return outputs[0]
-
     def scores(self, outputs):
         """{"local": (B, C)}."""
         return {"local": outputs[0]}

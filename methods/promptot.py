@@ -171,10 +171,6 @@ class PromptOT(Method):
             terms["transport"] = transport.detach()
         return loss, terms
 
-    def logits(self, outputs):
-        """The only score: (B, C)."""
-        return outputs[0]
-
     def scores(self, outputs):
         """{"global": (B, C)}."""
         return {"global": outputs[0]}

@@ -68,10 +68,6 @@ class ZeroShot(Method):
             text_features = self.encode_prompts()
         return (coop.logits(project(cls, self.clip.visual.proj), text_features, self.scale),)
 
-    def logits(self, outputs):
-        """The only score: (B, C)."""
-        return outputs[0]
-
     def scores(self, outputs):
         """{"zero_shot": (B, C)}."""
         return {"zero_shot": outputs[0]}
