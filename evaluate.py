@@ -160,8 +160,7 @@ def evaluate_run(folder, checkpoint, device, data_root=None, workers=0, split="t
     items, class_names = run_pictures.unseen_pictures(folder, checkpoint, data_root, split, on, classes)
     model = runs.build(folder, checkpoint, device, class_names, model_file)
     amp = usable_amp(folder, config, device) if amp is None else amp
-    if amp in machine.HALF:
-        model.clip.store_matrices(machine.HALF[amp])
+    machine.store_matrices(model.clip, amp)
 
     dataset = on or config["dataset"]
     template = None if on else config["template"]
@@ -229,8 +228,7 @@ def report_zero_shot(args):
     *_, items, class_names = data.load(args.dataset, root, shots=0, seed=1)
     clip_model, _ = clip.load(name, args.device, args.activation or "quickgelu")
     amp = args.amp or machine.default_amp(args.device)
-    if amp in machine.HALF:
-        clip_model.store_matrices(machine.HALF[amp])
+    machine.store_matrices(clip_model, amp)
 
     model = ZeroShot(clip_model, class_names, template)
     counts = test(model, items, args.dataset, amp, args.workers, template=args.template)

@@ -307,8 +307,7 @@ def load_models(args, checkpoint):
     else:
         model = None
         clip_model, _ = clip.load(checkpoint["config"]["model"], args.device, args.activation or "quickgelu")
-    if args.amp in machine.HALF:
-        clip_model.store_matrices(machine.HALF[args.amp])
+    machine.store_matrices(clip_model, args.amp)
     return clip_model, model
 
 

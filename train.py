@@ -99,8 +99,7 @@ def set_up(args, rank, world, device):
     fingerprint = {"config": config, "class_names": class_names, "clip_sha256": clip.weights_hash(clip_model),
                    "data": digests, "threads": torch.get_num_threads(),
                    "training": [run_pictures.relative_path(path, args.data_root) for path, *_ in train_set]}
-    if args.amp in machine.HALF:
-        clip_model.store_matrices(machine.HALF[args.amp])
+    machine.store_matrices(clip_model, args.amp)
     return Run(args, rank, world, device, train_set, test_set, published, preprocess, model, optimizer,
                scaler, fingerprint, started)
 

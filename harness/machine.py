@@ -141,6 +141,12 @@ def autocast(amp, device):
     return torch.autocast(torch.device(device).type, dtype=HALF.get(amp), enabled=amp in HALF)
 
 
+def store_matrices(clip_model, amp):
+    """Stores the towers' matrices in the precision of amp. why: else each step casts them anew."""
+    if amp in HALF:
+        clip_model.store_matrices(HALF[amp])
+
+
 @functools.cache
 def commit():
     """The git commit of this program, "-dirty" behind it for changed files; None where there is no git."""
