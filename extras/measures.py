@@ -115,8 +115,10 @@ def heading(args, dataset, shots):
 
 
 def model_of(args, dataset):
+    """The CLIP that is asked for, else the usual one of a dataset."""
     return args.model or machine.default_model(dataset)
 
 
 def print_line(label, cells):
+    """One line of the table: its label, then its cells."""
     print(f"{label:26s}" + "".join(f"{cell:>16}" for cell in cells))

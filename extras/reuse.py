@@ -82,12 +82,14 @@ def pictures(config, classes=None):
 
 @functools.cache
 def read_lists(*options):
+    """The pictures of a run, by its values of the options `PICTURES`."""
     # why a cache: the lists of ImageNet take seconds, and the runs of a table share them
     return run_pictures.load_pictures(dict(zip(PICTURES, options)))
 
 
 @functools.cache
 def weights_hash(model, activation):
+    """The hash of a CLIP's weights; each CLIP is read once."""
     clip_model, _ = clip.load(model, activation=activation)
     return clip.weights_hash(clip_model)
 

@@ -160,11 +160,13 @@ def print_tables(folder):
 
 
 def print_row(label, numbers, keys):
+    """One line of the table: mean and spread of the numbers under each key."""
     cells = [mean_and_spread(numbers.get(key, []), digits_of(key[2])) for key in keys]
     print(f"{label:15s}" + "".join(f"{cell:>18s}" for cell in cells))
 
 
 def is_ours(method):
+    """Whether numbers were measured here; the others are the paper's."""
     return method.startswith("our")
 
 
