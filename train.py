@@ -327,7 +327,7 @@ def train_and_test(run):
 
     # the model as the steps call it. why uncompiled for the test: it would be compiled again, for other
     # shapes
-    network = torch.compile(run.model) if args.compile else run.model
+    network = machine.compiled(run.model) if args.compile else run.model
     network = DistributedDataParallel(network) if run.world > 1 else network
     batches = iter(make_loader(run))
 

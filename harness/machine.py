@@ -19,6 +19,7 @@ import clip  # before torch: it bounds how long torch's threads wait
 import numpy
 import PIL
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 
 from harness import streams
@@ -139,6 +140,16 @@ def precision(amp):
 def autocast(amp, device):
     """Mixed precision for the towers; amp: "off", "fp16", "bf16". Similarities, transport, losses opt out."""
     return torch.autocast(torch.device(device).type, dtype=HALF.get(amp), enabled=amp in HALF)
+
+
+def compiled(model):
+    """torch.compile of a model whose forward pass alone is in mixed precision.
+
+    why off: else torch computes the backward pass in half precision as a whole, that of the similarities and
+    the transport too, and in fp16 their gradients overflow.
+    """
+    torch._functorch.config.backward_pass_autocast = "off"
+    return torch.compile(model)
 
 
 def store_matrices(clip_model, amp):
