@@ -297,8 +297,8 @@ def measure_other(project):
 
 def unit(what):
     """Seconds, unless the name of a row says what its number is."""
-    others = ("MiB", "GFLOP", "images/s", "times faster", "of the peak", "of that step", "share", "over",
-              "deviation")
+    others = (", ms", "kernels", "MiB", "GFLOP", "images/s", "times faster", "of the peak", "of that step",
+              "share", "over", "deviation")
     return "" if any(word in what for word in others) else "s"
 
 
@@ -318,8 +318,11 @@ def main():
     """Measures, prints the table, and writes it where --json asks for it."""
     if args.peak:
         return print_peak(args.peak)
-    minutes = 2 if args.quick else 10
-    print(f"about {minutes} minutes on one core of an AMD EPYC (Zen 3) with nothing else to do", flush=True)
+    if DEVICE.type == "cuda":
+        expected = "a minute on an H100"
+    else:
+        expected = f"{2 if args.quick else 10} minutes on one core of an AMD EPYC (Zen 3) that does nothing else"
+    print(f"about {expected}", flush=True)
 
     table = measure()
     other = measure_other(args.against) if args.against else {}

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -149,6 +150,8 @@ def compiled(model):
     the transport too, and in fp16 their gradients overflow.
     """
     torch._functorch.config.backward_pass_autocast = "off"
+    # why: its compiler warns of what is slow by choice, such as float32 without TF32
+    warnings.filterwarnings("ignore", module=r"torch\._inductor")
     return torch.compile(model)
 
 
