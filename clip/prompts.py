@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .precision import unit
 from .tokenizer import SOS, tokenize
 
-FEW_CLASSES = 100    # up to here a GPU encodes all prompts in one pass
+FEW_CLASSES = 100    # up to here a GPU waits for kernel launches more than it computes
 TEMPLATE = "a photo of a"  # Sec. 3.1: tau_init; it also fixes M = 4
 
 
@@ -35,7 +35,9 @@ class ClassTexts:
         self.ranks = ranks
         self.text_chunk = text_chunk
         self.checkpoint_text = checkpoint_text
-        self.in_one_pass = clip_model.logit_scale.device.type == "cuda" and len(class_names) <= FEW_CLASSES
+        # why: on a CPU, and with many classes, `encode_shared` saves work; else it costs twice the launches
+        on_gpu = clip_model.logit_scale.device.type == "cuda"
+        self.saves_launches = on_gpu and len(class_names) <= FEW_CLASSES
         self.tokenized = {}
 
     def __call__(self, prompts, suffix="", deep=None, raw=False):
@@ -47,7 +49,7 @@ class ClassTexts:
         must call this together.
         """
         tokens, eot, chunks, order = self.prepare(prompts.shape[-2], suffix)
-        shared = prompts.dim() == 3 and deep is None
+        shared = prompts.dim() == 3 and deep is None and not self.saves_launches
         if shared:
             encode = self.encode_shared
         else:
@@ -70,12 +72,8 @@ class ClassTexts:
         return features[order.argsort()]        # in the order of the labels
 
     def encode_both(self, shared, own):
-        """Two kinds of prompts -> the features of each, unit (C, N, D).  Eq. 1
-
-        why in one pass on a GPU: with few classes it mostly waits for kernel launches, and one pass launches
-        half as many. On a CPU two passes are cheaper, since `encode_shared` saves work.
-        """
-        if not self.in_one_pass:
+        """Two kinds of prompts -> the features of each, unit (C, N, D).  Eq. 1"""
+        if not self.saves_launches:
             return self(shared), self(own)
         C = len(self.class_names)
         shared = shared.expand(C, -1, -1, -1)

@@ -321,7 +321,7 @@ def main():
     if DEVICE.type == "cuda":
         expected = "a minute on an H100"
     else:
-        expected = f"{2 if args.quick else 10} minutes on one core of an AMD EPYC (Zen 3) that does nothing else"
+        expected = f"{2 if args.quick else 10} minutes on an idle core of an AMD EPYC (Zen 3)"
     print(f"about {expected}", flush=True)
 
     table = measure()

@@ -745,11 +745,11 @@ def test_diagnostics_are_those_of_the_models_features_and_options(model):
 def test_one_pass_for_both_kinds_of_prompts_changes_neither_values_nor_gradients(class_specific, clip_model):
     # a GPU takes it where there are few classes; names of one and of three tokens
     found = []
-    for in_one_pass in (False, True):
+    for saves_launches in (False, True):
         torch.manual_seed(0)
         model = SOTGLP(clip_model, ["cat", "annual crop land"], n_global=2, n_local=3, class_specific=class_specific)
-        assert not model.text_encoder.in_one_pass
-        model.text_encoder.in_one_pass = in_one_pass
+        assert not model.text_encoder.saves_launches
+        model.text_encoder.saves_launches = saves_launches
         texts = model.encode_prompts()
         assert [tuple(text.shape) for text in texts] == [(2, 2, 32), (2, 3, 32)]
         sum(text.pow(3).sum() for text in texts).backward()
