@@ -10,6 +10,9 @@ download.py   a file from the network
 precision.py  what is computed in float32 everywhere
 """
 
+if __name__ == "__main__":
+    raise SystemExit("clip/__init__.py is no command: python train.py reads it")
+
 import os
 
 # why: torch's threads wait for each other in a busy loop. By default they do so for milliseconds, and then a

@@ -4,6 +4,9 @@ We take the weights and leave the program alone. `ArchiveReader` knows the few t
 made, and refuses all others.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("clip/archive.py is no command: python train.py reads it")
+
 import pickle
 import re
 from collections import OrderedDict

@@ -1,5 +1,8 @@
 """A file from the network. It is kept only when it is whole and has the expected digest."""
 
+if __name__ == "__main__":
+    raise SystemExit("clip/download.py is no command: python train.py reads it")
+
 import contextlib
 import hashlib
 import os

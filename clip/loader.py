@@ -3,6 +3,9 @@
 A name becomes a file, which is downloaded once and whose hash is compared. weights.py makes a CLIP of it.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("clip/loader.py is no command: python train.py reads it")
+
 import hashlib
 import os
 import re

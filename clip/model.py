@@ -8,6 +8,9 @@ Letters:  B images  P patches  n texts  S tokens of a sequence  H heads  W tower
 width
 """
 
+if __name__ == "__main__":
+    raise SystemExit("clip/model.py is no command: python train.py reads it")
+
 from collections import OrderedDict
 
 import torch

@@ -1,5 +1,8 @@
 """Numbers that half precision would spoil: everything from the joint space on is computed in float32."""
 
+if __name__ == "__main__":
+    raise SystemExit("clip/precision.py is no command: python train.py reads it")
+
 import functools
 
 import torch

@@ -7,6 +7,9 @@ Letters:  C classes, c of them at once   N prompts of any kind   M tokens per pr
           S tokens of [SOS] name [EOT]   D joint embedding width   W width of the text tower
 """
 
+if __name__ == "__main__":
+    raise SystemExit("clip/prompts.py is no command: python train.py reads it")
+
 from functools import partial
 
 import torch

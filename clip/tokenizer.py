@@ -6,6 +6,9 @@ The order of the vocabulary: 256 bytes, the same bytes at the end of a word, one
 [EOT]. So only the table of merges is stored; README.md says where it comes from.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("clip/tokenizer.py is no command: python train.py reads it")
+
 import gzip
 import html
 from functools import cache, lru_cache

@@ -1,5 +1,8 @@
 """From a file to a CLIP: the weights are read, and what holds none is refused. No code of a file is run."""
 
+if __name__ == "__main__":
+    raise SystemExit("clip/weights.py is no command: python train.py reads it")
+
 import errno
 import gzip
 import io

@@ -6,6 +6,9 @@ zero_shot.py learns nothing, and linear_probe.py has no prompts and no epochs: t
 train.py.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("methods/__init__.py is no command: python train.py --help lists the methods")
+
 import inspect
 
 from sotglp import SOTGLP

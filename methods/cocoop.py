@@ -13,6 +13,9 @@ Letters: those of sotglp.py.  B images   C classes   P patches   M vectors of th
          W text tower width
 """
 
+if __name__ == "__main__":
+    raise SystemExit("methods/cocoop.py is no command: python train.py --method cocoop")
+
 import warnings
 
 import torch

@@ -9,6 +9,9 @@ on features. It is the global branch of SOT-GLP with G = 1, no dropout and anoth
 Letters: those of sotglp.py.  B images   C classes   M vectors of the context   D, W: joint, text width
 """
 
+if __name__ == "__main__":
+    raise SystemExit("methods/coop.py is no command: python train.py --method coop")
+
 import torch
 from torch import nn
 

@@ -12,6 +12,9 @@ features is the same.
 Letters: those of sotglp.py.  B images   C classes   P patches   G global, L local prompts   D joint width
 """
 
+if __name__ == "__main__":
+    raise SystemExit("methods/gallop.py is no command: python train.py --method gallop")
+
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -9,6 +9,9 @@ image feature is used as it is, not as a unit vector.
 Letters: those of sotglp.py.  n images   C classes   D joint width   c: weight of the errors
 """
 
+if __name__ == "__main__":
+    raise SystemExit("methods/linear_probe.py is no command: python -m extras.linear_probe")
+
 import torch
 import torch.nn.functional as F
 

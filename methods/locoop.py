@@ -10,6 +10,9 @@ come from the value path of the last block, not from a V-V stream, and no map is
 Letters: those of sotglp.py.  B images   C classes   P patches   D joint width   q: a patch's probabilities
 """
 
+if __name__ == "__main__":
+    raise SystemExit("methods/locoop.py is no command: python train.py --method locoop")
+
 import torch
 import torch.distributed
 

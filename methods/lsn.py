@@ -4,14 +4,16 @@ CoOp, and negative contexts for each class, which learn what the class is not: o
 resemble the negative texts of its own class least. The confidence adds up what both kinds of text say of an
 image; the prediction is CoOp's. Against SOT-GLP: no patches, no transport, no map on features.
 
-differs: the authors train one set after the other in each epoch, while the texts of the other sets stand
-still. Here all sets take each step together, and the constants of `diversity` are the texts before the step.
-They use Adam of rate 0.002 for the negative contexts, SGD of rate 0.001 and 50 epochs for the positive one;
-here one SGD and 100 epochs serve all. They have no crops and flips (--cache-features), 64 or 128 images per
-class, and 100 for 1/tau, as OpenAI's CLIPs. A step encodes 1 + S texts for each class.
+differs: the authors train one set after the other in each epoch; here all sets take each step together, and
+the constants of `diversity` are the texts before it. They use Adam of rate 0.002 for the negative contexts,
+SGD of rate 0.001 and 50 epochs for the positive one; here one SGD and 100 epochs serve all. They have no
+crops and flips (--cache-features), 64 or 128 images per class. A step encodes 1 + S texts for each class.
 
 Letters: those of sotglp.py.  B images   C classes   S sets of negative contexts   M vectors   D joint width
 """
+
+if __name__ == "__main__":
+    raise SystemExit("methods/lsn.py is no command: python train.py --method lsn")
 
 import torch
 from torch import nn
@@ -59,8 +61,7 @@ def confidence(cosines, negative_cosines):
 class LSN(coop.CoOp):
     """CoOp with S negative contexts for each class; all contexts start from N(0, 0.02).
 
-    n_context: M; n_negative: S; lambda_diversity: weight of `diversity`; double_softmax: of `objective`.
-    Raises ValueError for a class name that does not fit behind the context.
+    n_context: M; n_negative: S; lambda_diversity, double_softmax: of the loss. Raises as CoOp does.
     """
 
     DEFAULTS = {**coop.CoOp.DEFAULTS, "epochs": 100, "batch_size": 8}

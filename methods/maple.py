@@ -13,6 +13,9 @@ Letters: those of sotglp.py.  B images   C classes   J blocks with prompts   n o
          D joint width   W text tower width   V image tower width
 """
 
+if __name__ == "__main__":
+    raise SystemExit("methods/maple.py is no command: python train.py --method maple")
+
 import torch
 from torch import nn
 

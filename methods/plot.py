@@ -14,6 +14,9 @@ matches four prompted image features with four prompts and uses no patches. plot
 Letters: those of sotglp.py.  B images   C classes   P patches   L prompts of M vectors   D joint width
 """
 
+if __name__ == "__main__":
+    raise SystemExit("methods/plot.py is no command: python train.py --method plot")
+
 import torch
 from torch import nn
 

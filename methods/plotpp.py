@@ -19,6 +19,9 @@ Letters: those of sotglp.py.  B images   C classes   V image prompts of n tokens
          D joint width   W tower width
 """
 
+if __name__ == "__main__":
+    raise SystemExit("methods/plotpp.py is no command: python train.py --method plotpp")
+
 import torch
 from torch import nn
 

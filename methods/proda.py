@@ -1,15 +1,17 @@
 """ProDA, "Prompt Distribution Learning" (Lu et al., arXiv 2205.03340), in one file.
 
-The texts that K learned contexts give a class are taken for draws from a Gaussian. The test compares an image
-with the mean text of each class. The training loss is an upper bound of the cross-entropy's mean over the
-Gaussian, see `shift`; a second term keeps the contexts apart.
+The texts that K learned contexts give a class are taken for draws from a Gaussian. A test compares images with
+mean texts. The training loss bounds the cross-entropy's mean over the Gaussian; a term keeps contexts apart.
 
-unverified: no code was published. The equations are those of ports by others, also 1 / (K + 1) for the
-covariance, diagonal in D. Nobody could check K = 32, M = 16, k = 4, weight 0.1 (a port has 1), rate, batch.
+unverified: no code was published. The equations, 1 / (K + 1) for a covariance that is diagonal in D too, are
+those of others' ports. Nobody could check K = 32, M = 16, k = 4, weight 0.1 (a port has 1), rate, batch.
 differs: names stand behind all contexts; published: before a quarter, inside another. Steps draw at random.
 
 Letters: those of sotglp.py.  B images   C classes   K contexts, k in a step   M vectors   D joint width
 """
+
+if __name__ == "__main__":
+    raise SystemExit("methods/proda.py is no command: python train.py --method proda")
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +29,10 @@ logits = global_logits      # Eq. 4: cosines averaged over the contexts, (B, D),
 def shift(image, text, labels, scale):
     """What the bound adds to a logit: half the variance of its difference to the own class's.
 
-    unit (B, D), (C, K, D), (B,) -> (B, C), dev being text - its mean over k: scale^2 / 2 sum_kd image_d^2
-    (dev_ckd - dev_ykd)^2 / (K + 1).
+    unit (B, D), (C, K, D), (B,) -> (B, C): scale^2 / 2 sum_kd image_d^2 (dev_ckd - dev_ykd)^2 / (K + 1).
     """
     weight = image.square()                                                        # (B, D)
-    deviation = text - text.mean(dim=1, keepdim=True)                              # (C, K, D)
+    deviation = text - text.mean(dim=1, keepdim=True)                              # (C, K, D), dev
     squares = deviation.square().sum(dim=1)                                        # (C, D)
     # why (a - b)^2 = a^2 + b^2 - 2 a b: no tensor of B C K D, or of C^2 D, numbers is needed
     own = (weight * squares[labels]).sum(dim=1, keepdim=True)                      # (B, 1)
@@ -74,8 +75,7 @@ class ProDA(Method):
         super().__init__(clip_model, class_names, **text_options)
         if not 1 <= n_drawn <= n_global:
             raise ValueError(f"--n-drawn must lie between 1 and --n-global, {n_global}: got {n_drawn}")
-        self.n_drawn = n_drawn
-        self.lambda_orthogonal = lambda_orthogonal
+        self.n_drawn, self.lambda_orthogonal = n_drawn, lambda_orthogonal
         self.text_encoder.check_names(n_context, self.SUFFIX)
         self.bare_encoder = ClassTexts(clip_model, [""], **{**text_options, "ranks": (0, 1)})
         self.bare_encoder.check_names(n_context, self.SUFFIX)

@@ -17,6 +17,9 @@ Letters: those of sotglp.py.  B images, b of them on this process   C classes   
          J blocks with prompts   D joint width   W tower width   frozen_...: of CLIP without learned prompts
 """
 
+if __name__ == "__main__":
+    raise SystemExit("methods/promptot.py is no command: python train.py --method promptot")
+
 import functools
 import itertools
 

@@ -15,6 +15,9 @@ Letters: those of sotglp.py.  B images   C classes   J blocks with prompts   D j
          A frozen_... feature is that of CLIP without learned prompts.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("methods/promptsrc.py is no command: python train.py --method promptsrc")
+
 import torch
 import torch.nn.functional as F
 
@@ -71,8 +74,7 @@ class PromptSRC(PromptOT):
     """The deep prompts of Prompt-OT with other regularisers, and their average over the epochs.
 
     lambda_image, lambda_text: weights of the terms. average_mean, average_std: of `epoch_weights`. depth:
-    blocks with prompts, from the first; all of them where a tower has fewer. Raises ValueError for a class
-    name that does not fit behind the prompt.
+    blocks with prompts, from the first, at most those of either tower. Raises as PromptOT does.
     """
 
     # differs: the published warm-up is one epoch at a constant 1e-5, here linear, as for every method.

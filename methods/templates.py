@@ -3,6 +3,9 @@
 They are 60 of the 80 that OpenAI published for ImageNet with CLIP (MIT licence), as PromptSRC chose them (MIT
 licence). """
 
+if __name__ == "__main__":
+    raise SystemExit("methods/templates.py is no command: python train.py --method promptsrc")
+
 TEMPLATES = (
     "a photo of a {}.", "a bad photo of a {}.", "a photo of many {}.", "a sculpture of a {}.",
     "a photo of the hard to see {}.", "a low resolution photo of the {}.", "a rendering of a {}.",

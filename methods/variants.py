@@ -1,5 +1,8 @@
 """SOT-GLP with another local score: what the ablations compare it with. All else is the same."""
 
+if __name__ == "__main__":
+    raise SystemExit("methods/variants.py is no command: python train.py --method independent, or dense")
+
 from methods import gallop
 from sotglp import SOTGLP
 

@@ -7,6 +7,9 @@ not train it.
 Letters: those of sotglp.py.  B images   C classes   P patches   D joint width
 """
 
+if __name__ == "__main__":
+    raise SystemExit("methods/zero_shot.py is no command: every run of train.py measures it")
+
 import clip
 
 import torch

@@ -10,6 +10,7 @@ import threading
 import torch
 
 from conftest import COLOURS, PROJECT, copy, read, run, train
+from methods import METHODS
 
 NAMES = ("b é", "crab 🦀", "wood")
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}     # a locale that lacks two of these names
@@ -51,3 +52,15 @@ def test_evaluate_reads_a_run_and_names_pictures_in_any_locale(trained, pictures
     assert process.stdout == f"wrote {tmp_path}/a.csv: 1 pictures\n"
     line = (tmp_path / "a.csv").read_text(encoding="utf-8").splitlines()[1]
     assert line.startswith(f"{picture},") and all(name in line for name in NAMES)
+
+
+def test_a_file_that_is_no_command_says_in_one_line_what_is(tmp_path):
+    paths = [*PROJECT.glob("methods/*.py"), *PROJECT.glob("clip/*.py")]
+    assert len(paths) > 20
+    for path in paths:
+        # -S: none of its imports is reached
+        process = subprocess.run([sys.executable, "-S", path], cwd=tmp_path, capture_output=True, text=True)
+        line = process.stderr.removesuffix("\n")
+        assert process.returncode == 1 and "\n" not in line, process.stderr
+        assert line.startswith(f"{path.relative_to(PROJECT).as_posix()} is no command: ")
+        assert path.stem not in METHODS or line.endswith(f"python train.py --method {path.stem}")
