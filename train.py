@@ -134,8 +134,7 @@ def begin(run):
 def make_optimizer(model, args, device):
     """SGD on all that is learned, and the scaler of its loss in fp16."""
     learned = [p for p in model.parameters() if p.requires_grad]
-    # why fused on a GPU: it skips a step of overflowed gradients by itself; else the host would wait to know
-    # of them
+    # why fused on a GPU: it skips a step of overflowed gradients by itself, without a word to the host
     optimizer = torch.optim.SGD(learned, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay,
                                 fused=device.type == "cuda")
     # why: where the fused optimizer skips its first step, it leaves the momentum uninitialised
@@ -185,7 +184,6 @@ def train_epoch(run, network, batches, epoch):
     steps = machine.progress(range(n_steps), f"epoch {epoch + 1}", run.rank)
 
     for step, (images, labels) in zip(steps, batches):
-        # the rate of this step
         run.optimizer.param_groups[0]["lr"] = learning_rate(epoch + (step + 0.5) / n_steps, args)
 
         # the random choices of the method. why for the images of all ranks: each takes the rows of its own
@@ -325,8 +323,7 @@ def train_and_test(run):
     if run.rank == 0:
         announce(run)
 
-    # the model as the steps call it. why uncompiled for the test: it would be compiled again, for other
-    # shapes
+    # the model as the steps call it; the test takes it uncompiled, or each of its shapes would be compiled
     network = machine.compiled(run.model) if args.compile else run.model
     network = DistributedDataParallel(network) if run.world > 1 else network
     batches = iter(make_loader(run))
