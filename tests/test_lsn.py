@@ -99,6 +99,11 @@ def test_every_class_has_negative_contexts_of_its_own(model):
     assert changed.tolist() == [[False, False], [False, False], [False, True]]
 
 
+def test_the_recipe_has_no_warm_up_and_the_class_says_that_it_is_class_specific(clip_model):
+    assert LSN.DEFAULTS["warmup_epochs"] == 0
+    assert LSN.class_specific and LSN(clip_model, NAMES).class_specific and not coop.CoOp.class_specific
+
+
 def test_a_negative_text_is_coops_with_this_context(model, clip_model):
     other = coop.CoOp(clip_model, NAMES, 3, class_specific=True)
     other.context.data.copy_(model.negative_contexts[1])
