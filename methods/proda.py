@@ -5,7 +5,7 @@ mean texts. The training loss bounds the cross-entropy's mean over the Gaussian;
 
 unverified: no code was published. The equations, 1 / (K + 1) for a covariance that is diagonal in D too, are
 those of others' ports. Nobody could check K = 32, M = 16, k = 4, weight 0.1 (a port has 1), rate, batch.
-differs: names stand behind all contexts; published: before a quarter, inside another. Steps draw at random.
+differs: names behind all contexts (published: a quarter before, one inside), random draws, linear warm-up.
 
 Letters: those of sotglp.py.  B images   C classes   K contexts, k in a step   M vectors   D joint width
 """
