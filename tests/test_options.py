@@ -44,6 +44,11 @@ def test_a_method_has_the_texts_of_its_own_options(method, told, others, capsys)
     assert told in text and others not in text
 
 
+@pytest.mark.parametrize("method", [name for name in METHODS if "n_iters" in OPTIONS[name]])
+def test_the_help_names_the_row_error_where_the_log_has_it(method, capsys):
+    assert ("row error" in help_of(capsys, "--method", method)) == hasattr(METHODS[method], "diagnostics")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_option_of_a_method_is_explained(method):
     parser = options.make_parser(method, "critters")
