@@ -118,17 +118,18 @@ def restore(run, checkpoint, model, clip_sha256):
 
     learned = checkpoint["learned"]
     wanted = model.learned_state()
-    if shapes(learned) != shapes(wanted):
-        raise ValueError(f"{run}/last.pt does not hold the tensors that its configuration asks for: "
-                         f"found {sorted(learned)}, expected {sorted(wanted)}")
+    found, expected = shapes(learned), shapes(wanted)
+    if found != expected:
+        raise ValueError(f"{run}/last.pt does not hold the tensors that the configuration asks for: "
+                         f"found {found}, expected {expected}")
     clip.check_finite(learned, f"{run}/last.pt")
     for name, tensor in wanted.items():
         tensor.copy_(learned[name])
 
 
 def shapes(tensors):
-    """The shapes of {name: tensor}."""
-    return {name: tensor.shape for name, tensor in tensors.items()}
+    """The shapes of {name: tensor}, sorted by name."""
+    return {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())}
 
 
 # ---- what stands in a folder -------------------------------------------------------------------------------

@@ -213,7 +213,7 @@ def test_loaded_run_has_the_options_that_it_was_trained_with(options, tmp_path):
     ({"clip_sha256": "0" * 64}, "was trained with other CLIP weights: those of .*random.pt"),
     ({"class_names": ["red clay", "lake", "wood"]}, "label 1 of 3 was 'lake', in the data it is 'sea', of 3"),
     ({"class_names": ["red clay", "sea"]}, "label 2 of 2 was None, in the data it is 'wood', of 3"),
-    ({"learned": {"global_prompts": torch.zeros(4, 4, 128)}}, "does not hold the tensors that its configuration asks")])
+    ({"learned": {"global_prompts": torch.zeros(4, 4, 128)}}, "does not hold the tensors that the configuration asks")])
 def test_a_checkpoint_of_something_else_is_refused_by_name(change, complaint, trained, tmp_path):
     with pytest.raises(SystemExit, match=complaint):
         command(copy(trained, tmp_path, **change), "--device", "cpu")

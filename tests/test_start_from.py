@@ -79,13 +79,18 @@ def test_stage_2_resumes_bit_for_bit_when_stage_1_is_gone(stages, plotpp_options
 @pytest.mark.parametrize("changes, complaint", [
     (dict(class_names=["red clay", "sea", "steel"]), "trained for other classes: label 2 of 3 was 'steel'"),
     (dict(clip_sha256="0" * 64), "trained with other CLIP weights"),
-    (dict(learned={}), "does not hold the tensors that its configuration asks for"),
+    (dict(learned={}), "does not hold the tensors that the configuration asks for"),
     (dict(training=["train/sea/0.png", TESTED]), f"on 1 of the 7 pictures of this test, such as {TESTED}")])
 def test_a_run_that_does_not_fit_is_refused(changes, complaint, trained, options, tmp_path):
     other = copy(trained, tmp_path / "other", **changes)
     with pytest.raises(SystemExit, match=complaint):
         train(*options, "--start-from", other, "--output-dir", tmp_path / "run")
     assert not (tmp_path / "run/last.pt").exists()
+
+
+def test_tensors_of_another_shape_are_named_with_both_shapes(trained, options, tmp_path):
+    with pytest.raises(SystemExit, match=r"global_prompts': \(4, 4, 128\).*global_prompts': \(3, 4, 128\)"):
+        train(*options, "--n-global", 3, "--start-from", trained, "--output-dir", tmp_path / "run")
 
 
 def test_another_method_and_a_missing_run_are_refused_at_once(trained, options, tmp_path, monkeypatch):
