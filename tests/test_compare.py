@@ -91,6 +91,7 @@ def test_base_to_new_has_rows_of_its_own(capsys):
     with pytest.raises(SystemExit):
         compare.parse_args(["--classes", "base", "--methods", "linear_probe"])
     assert "no row linear_probe: choose from zero_shot, coop, ivlp" in capsys.readouterr().err
+    assert {"cocoop", "maple", "promptsrc"} < {*compare.parse_args(["--classes", "base"]).methods}
 
 
 def test_the_papers_column_stands_beside_vit_b16_at_16_shots_alone(started, no_pictures, tmp_path, capsys):
