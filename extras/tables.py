@@ -128,6 +128,8 @@ def general_options(config):
     recipe = method.recipe(config["dataset"]) if method else {}
     general = {name: "the recipe's" if name in recipe and recipe[name] == value else value
                for name, value in config.items()}
+    # why only whether: each dataset has a run of its own to start from
+    general["start_from"] = bool(config.get("start_from"))
     return {**general, **dict.fromkeys(("dataset", "shots", "seed", "split_seed"))}
 
 

@@ -100,6 +100,14 @@ def test_datasets_that_ran_with_other_options_have_no_average(tmp_path, capsys):
     assert "no average of ours at 16 shots: the datasets ran with different options (lr was the" in printed
 
 
+def test_runs_that_start_from_one_of_their_own_dataset_have_an_average(tmp_path, capsys):
+    result(tmp_path / "a", accuracy=90.0, method="plotpp", start_from="eurosat-stage1")
+    result(tmp_path / "b", "dtd", 70.0, method="plotpp", start_from="dtd-stage1")
+    assert table(tmp_path, capsys)[0]["average"][-1] == "80.00"
+    result(tmp_path / "c", "ucf101", 80.0, method="plotpp", start_from=None)
+    assert "no average of our plotpp at 16 shots" in table(tmp_path, capsys)[2]
+
+
 def test_the_released_recipe_is_one_configuration_on_all_datasets(tmp_path, capsys):
     # its learning rate is 0.001 for EuroSAT and 0.002 for DTD; one given by hand is another configuration
     result(tmp_path / "a", accuracy=90.0, method="released", lr=0.001)
