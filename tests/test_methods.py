@@ -480,7 +480,7 @@ def test_an_option_that_a_method_lacks_is_refused_by_name(capsys):
                   class_specific=False)),
     ("proda", dict(lr=0.001, epochs=100, warmup_epochs=1, batch_size=20, weight_decay=5e-4, n_global=32, n_context=16,
                    n_drawn=4, lambda_orthogonal=0.1)),
-    ("lsn", dict(lr=0.002, epochs=100, warmup_epochs=1, batch_size=8, weight_decay=5e-4, n_context=16, n_negative=3,
+    ("lsn", dict(lr=0.002, epochs=100, warmup_epochs=0, batch_size=8, weight_decay=5e-4, n_context=16, n_negative=3,
                  lambda_diversity=1, double_softmax=False)),
     ("plotpp", dict(lr=0.002, epochs=200, warmup_epochs=1, batch_size=32, weight_decay=5e-4, stage=2, epsilon=0.1,
                     n_image_prompts=4, n_image_tokens=2, n_iters=20, start_from=None,
