@@ -104,7 +104,8 @@ def page(numbers, paper):
 
     paper: the address of PAPER.md.
     """
-    template = TEMPLATE.read_text(encoding="utf-8").replace('href="PAPER.md', f'href="{quote(paper, safe="/:")}')
+    address = quote(paper, safe="/:")
+    template = TEMPLATE.read_text(encoding="utf-8").replace('href="PAPER.md', f'href="{address}')
     scripts = re.findall("<script>(.*?)</script>", template, re.DOTALL)
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)

@@ -101,10 +101,10 @@ def main(args):
         if places.holds_run(folder):
             places.remove(folder, ("last.pt", "log.jsonl", *places.REPORTS))
         parts = {"training": train, "test": test}
+        digests = {part: run_pictures.digest(items, args.data_root) for part, items in parts.items()}
         results.report(folder, model, counts, config, started, c=c, train_images=len(train),
                        split_matches_published=published, class_names=class_names,
-                       clip_sha256=clip.weights_hash(clip_model),
-                       data={part: run_pictures.digest(items, args.data_root) for part, items in parts.items()})
+                       clip_sha256=clip.weights_hash(clip_model), data=digests)
 
 
 if __name__ == "__main__":

@@ -91,8 +91,8 @@ def print_table(args, table):
             if printed:
                 cells.append(printed.get(args.rows[name].column, ""))
             print_line(args.rows[name].label, cells)
-    print("\nA method's epochs, rate and batch are its own (train.py --method NAME --help). AUROC is the mean "
-          "over the OOD\nsets, where there are any, and empty where a method has no such score.")
+    print("\nA method's epochs, rate and batch are its own (train.py --method NAME --help). AUROC is the mean"
+          " over the OOD\nsets, where there are any, and empty where a method has no such score.")
 
 
 def print_base_to_new(args, table):

@@ -72,6 +72,7 @@ def check_args(args, world):
     """Raises ValueError for options that cannot work, alone or together, before any long work starts."""
     machine.check_device(args.device, args.amp)
     check_numbers(args)
+    check_method(args)
     check_batch(args, world)
     check_context(args)
     data.template(args.dataset, args.template)
@@ -106,6 +107,16 @@ def check_numbers(args):
         raise ValueError(f"--prompt-dropout must lie in [0, 1], got {args.prompt_dropout}")
     if args.held_out is not None and not 0 < args.held_out < 1:
         raise ValueError(f"--held-out must lie between 0 and 1, got {args.held_out}")
+
+
+def check_method(args):
+    """Raises ValueError for what a method's constructor would refuse, but before CLIP is loaded."""
+    if getattr(args, "stage", 1) not in (1, 2):
+        raise ValueError(f"--stage must be 1 or 2, got {args.stage}")
+    if args.method == "maple" and args.n_context > 4:
+        raise ValueError(f"--n-context must lie between 1 and 4 for --method maple, got {args.n_context}")
+    if args.method == "proda" and args.n_drawn > args.n_global:
+        raise ValueError(f"--n-drawn must lie between 1 and --n-global, {args.n_global}: got {args.n_drawn}")
 
 
 def flag(name):

@@ -59,20 +59,20 @@ def confidence(cosines, negative_cosines):
 
 
 class LSN(coop.CoOp):
-    """CoOp with S negative contexts for each class; all contexts start from N(0, 0.02). Raises as CoOp does.
+    """CoOp with S negative contexts for each class; all contexts start from N(0, 0.02).
 
-    n_context: M; n_negative: S; lambda_diversity, double_softmax: of the loss."""
+    n_context: M; n_negative: S; lambda_diversity, double_softmax: of the loss. Raises as CoOp does.
+    """
 
     DEFAULTS = {**coop.CoOp.DEFAULTS, "epochs": 100, "warmup_epochs": 0, "batch_size": 8}
-    class_specific = True   # the negative contexts
+    class_specific = True      # the negative contexts are
     text_names = ("global", "negative")
 
     def __init__(self, clip_model, class_names, n_context=16, n_negative=3, lambda_diversity=1.0,
                  double_softmax=False, **text_options):
         super().__init__(clip_model, class_names, n_context, **text_options)
-        del self.class_specific                            # CoOp's, which speaks of its context alone
-        self.lambda_diversity = lambda_diversity
-        self.double_softmax = double_softmax
+        self.class_specific = True                         # why again: CoOp's is that of its context
+        self.lambda_diversity, self.double_softmax = lambda_diversity, double_softmax
         shape = n_negative, len(self.class_names), *self.context.shape
         self.negative_contexts = nn.Parameter(torch.empty(shape).normal_(std=0.02))    # (S, C, M, W)
         self.to(clip_model.logit_scale.device)

@@ -41,8 +41,8 @@ class MaPLe(Method):
     ValueError for n_context outside [1, 4] and for a class name that does not fit behind the prompt.
     """
 
-    # differs: the published warm-up is one epoch at a constant 1e-5, here half an epoch, linear, for train.py
-    # takes a tenth of the epochs at most. It trains in half precision.
+    # differs: the published warm-up is one epoch at a constant 1e-5, here it is linear and half an epoch: a
+    # tenth of the run, the most that train.py takes by itself. Published runs are in half precision.
     DEFAULTS = {"lr": 0.0035, "epochs": 5, "warmup_epochs": 1, "batch_size": 4, "weight_decay": 5e-4}
     SUFFIX = coop.CoOp.SUFFIX
     frozen_tower = False

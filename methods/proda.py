@@ -1,7 +1,7 @@
 """ProDA, "Prompt Distribution Learning" (Lu et al., arXiv 2205.03340), in one file.
 
-The texts that K learned contexts give a class are taken for draws from a Gaussian. A test compares images with
-mean texts. The training loss bounds the cross-entropy's mean over the Gaussian; a term keeps contexts apart.
+The texts that K learned contexts give a class are taken for draws from a Gaussian. A test compares images
+with mean texts. The training loss bounds the mean cross-entropy over it; a second term keeps contexts apart.
 
 unverified: no code was published. The equations, 1 / (K + 1) for a covariance that is diagonal in D too, are
 those of others' ports. Nobody could check K = 32, M = 16, k = 4, weight 0.1 (a port has 1), rate, batch.

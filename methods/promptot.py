@@ -67,8 +67,8 @@ def transport_plan(cost, plan="exact", epsilon=0.1, n_iters=200):
     if plan == "sinkhorn":
         return sinkhorn(cost, epsilon=epsilon, n_iters=n_iters)
     if B > LARGEST_EXACT:
-        raise ValueError(f'plan="exact" tries all orders of a batch of at most {LARGEST_EXACT} images, got {B}: '
-                         'give a smaller --batch-size, or plan="sinkhorn" (--plan sinkhorn)')
+        raise ValueError(f'plan="exact" tries all orders of a batch of at most {LARGEST_EXACT} images, got '
+                         f'{B}: give a smaller --batch-size, or plan="sinkhorn" (--plan sinkhorn)')
     orders = permutations(B, cost.device)                                          # (B!, B)
     cost_of_order = cost[torch.arange(B, device=cost.device), orders].sum(dim=1)   # (B!,)
     # why keepdim: an index without dimensions is read by the host, which would wait for it

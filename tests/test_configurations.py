@@ -37,6 +37,9 @@ def test_a_number_that_cannot_work_is_refused_by_its_name(name, option, default)
     ("--prompt-dropout 1.01", r"--prompt-dropout must lie in \[0, 1\]"),
     ("--method promptot --batch-size 9", "--plan exact tries all orders of a batch of at most 8"),
     ("--method promptsrc --average-std 0", "--average-std must be positive"),
+    ("--method plotpp --stage 3", "--stage must be 1 or 2, got 3"),
+    ("--method maple --n-context 5", "--n-context must lie between 1 and 4"),
+    ("--method proda --n-drawn 33", "--n-drawn must lie between 1 and --n-global, 32: got 33"),
     ("--template a{}b}", "no other brace"), ("--template {}{}", "one {}"),
     ("--lr inf", "--lr must be a finite")])
 def test_the_first_value_beyond_the_last_is_refused(words, complaint):
@@ -48,7 +51,8 @@ def test_the_first_value_beyond_the_last_is_refused(words, complaint):
 @pytest.mark.parametrize("words", [
     "--seed 9223372036854775807", "--split-seed -9223372036854775808", "--prompt-dropout 1 --epsilon 1e-6",
     "--method promptot --batch-size 8", "--method promptot --batch-size 9 --plan sinkhorn",
-    "--method promptot --batch-size 9 --lambda-transport 0", "--template a{}b",
+    "--method promptot --batch-size 9 --lambda-transport 0", "--template a{}b", "--method plotpp --stage 1",
+    "--method maple --n-context 4", "--method proda --n-drawn 32", "--method coop --n-context 5",
     "--workers 0 --shots 0 --lr 0"])
 def test_the_last_value_that_works_is_taken(words):
     configuration.check_args(parse(words), 1)
