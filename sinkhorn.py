@@ -30,10 +30,11 @@ def sinkhorn(cost, a=None, b=None, epsilon=0.1, n_iters=20):
     uniform where None -> plan (..., K, L), float32 at least.
     One iteration is two half-steps, the last one on b: columns sum to b exactly, rows to a up to convergence.
     The result for a problem does not depend on the others. Gradients flow through all iterations.
-    Raises ValueError for epsilon <= 0, n_iters < 1, marginals of another length, and problems without a plan.
+    Raises ValueError for an epsilon that is infinite or not above 0, n_iters < 1, marginals of another length,
+    and problems without a plan.
     """
-    if not (epsilon > 0 and n_iters >= 1):
-        raise ValueError(f"sinkhorn needs epsilon > 0 and n_iters >= 1, got {epsilon=}, {n_iters=}")
+    if not (math.inf > epsilon > 0 and n_iters >= 1):
+        raise ValueError(f"sinkhorn needs a finite epsilon > 0 and n_iters >= 1, got {epsilon=}, {n_iters=}")
     if not cost.is_floating_point():    # why: `in_float32` raises half precision only
         cost = cost.float()
     _check(cost, a, b)

@@ -214,7 +214,8 @@ def test_rounding_is_no_difference_in_mass(mass):
 
 @pytest.mark.parametrize("options, complaint", [
     (dict(epsilon=0.0), r"epsilon > 0 .* got epsilon=0.0, n_iters=20"), (dict(epsilon=-0.1), "epsilon > 0"),
-    (dict(epsilon=math.nan), "epsilon > 0 .* got epsilon=nan"), (dict(n_iters=math.nan), "n_iters >= 1"),
+    (dict(epsilon=math.nan), "epsilon > 0 .* got epsilon=nan"),
+    (dict(epsilon=math.inf), "finite epsilon > 0 .* got epsilon=inf"), (dict(n_iters=math.nan), "n_iters >= 1"),
     (dict(n_iters=0), r"n_iters >= 1, got epsilon=0.1, n_iters=0"), (dict(n_iters=-1), "n_iters >= 1"),
     (dict(a=torch.full((3,), 1 / 3)), "marginal a has 3 entries, the cost matrix asks for 4"),
     (dict(b=torch.full((4,), 1 / 4)), "marginal b has 4 entries, the cost matrix asks for 2"),
