@@ -6,6 +6,7 @@ import hashlib
 import torch.distributed as dist
 
 from harness import runs
+from sources.overlap import content
 
 # Options that may be others on another machine; files are compared by what was read of them.
 MAY_DIFFER = (runs.IGNORED_WHEN_COMPARING - {"amp"}) | {"model", "start_from"}
@@ -40,6 +41,14 @@ def facts(fingerprint, learned, epochs_done):
     return {**options, **pictures, "classes": fingerprint["class_names"],
             "CLIP weights": fingerprint["clip_sha256"], "epochs done": epochs_done,
             "learned tensors": tensors.hexdigest()}
+
+
+def contents(items):
+    """A hash of what the files of some items hold. why: on another machine equal names may be other files."""
+    found = hashlib.sha256()
+    for path, *_ in items:
+        found.update(content(path).encode())
+    return found.hexdigest()
 
 
 def check_agreement(mine):

@@ -129,3 +129,11 @@ def test_processes_that_differ_refuse_with_what_differs(what, changed, monkeypat
     other = fingerprint
     with pytest.raises(ValueError, match="differ in epochs done: 2 in process 0, 3 in process 1"):
         agreement.check_agreement(agreement.facts(fingerprint, {}, 2))
+
+
+def test_equal_names_of_other_files_are_other_contents(tmp_path):
+    found = []
+    for text in ("one", "two", "one"):
+        (tmp_path / "a.jpg").write_text(text)
+        found.append(agreement.contents([(str(tmp_path / "a.jpg"), 0, "a"), ("critters/train/0/1", 1, "b")]))
+    assert found[0] == found[2] != found[1]
