@@ -317,6 +317,7 @@ def parse_args(argv=None):
 @machine.plain_errors("the same command starts anew")
 def main(args):
     """Downloads what is missing if asked to, checks all; exits with 1 unless all is as expected."""
+    machine.refuse_torchrun()
     name = args.dataset
     row = DATASETS[name]
     root = files.absolute(args.data_root)

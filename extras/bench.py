@@ -29,8 +29,8 @@ def parse_args():
     add("--quick", action="store_true", help="10 classes, batch 4, each timing once, no plain form")
     add("--device", default="cpu", help="cpu or cuda (%(default)s)")
     add("--repeats", type=int, default=3, help="of each timing; the median is reported (%(default)s)")
-    add("--json", metavar="FILE", help="also write the table as JSON")
-    add("--against", metavar="DIR", help="another checkout to compare with")
+    add("--json", metavar="FILE", type=os.path.expanduser, help="also write the table as JSON")
+    add("--against", metavar="DIR", type=os.path.expanduser, help="another checkout to compare with")
     add("--project", default=HERE, type=Path, help=argparse.SUPPRESS)
     add("--peak", choices=("plain", "ours", "prompted"), help=argparse.SUPPRESS)
 
@@ -54,11 +54,12 @@ from extras import stopwatch                  # noqa: E402
 from extras.plain_forms import plain_texts, tricks, with_gradient                           # noqa: E402
 from extras.steps import (NAMES, backward, batch, check_same_numbers, names_of,             # noqa: E402
                           plain_step, prompted_step, step, vit_b16)
-from harness import machine                   # noqa: E402
+from harness import machine, places                   # noqa: E402
 from sotglp import SOTGLP, local_logits, objective                                          # noqa: E402
 
 torch.set_num_threads(1)
-DEVICE = machine.use_device(args.device)
+with machine.plain_errors():
+    DEVICE = machine.use_device(args.device)
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -314,10 +315,13 @@ def print_row(what, value, other):
     print(f"{what:65s} {number} {unit(what):2s}{ratio}{remark(what, value)}")
 
 
+@machine.plain_errors()
 def main():
     """Measures, prints the table, and writes it where --json asks for it."""
     if args.peak:
         return print_peak(args.peak)
+    if args.json:
+        places.check_file(args.json, "--json")
     if DEVICE.type == "cuda":
         expected = "a minute on an H100"
     else:

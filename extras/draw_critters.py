@@ -36,6 +36,7 @@ def parse_args(argv=None):
 @machine.plain_errors()
 def main(args):
     """Draws and writes the file."""
+    machine.refuse_torchrun()
     places.check_file(args.output, "--output")
     page = sheet().quantize(256)                        # why 256 colours: a quarter of the size
     machine.write_whole(args.output, lambda path: page.save(path, "PNG"))

@@ -249,6 +249,7 @@ def parse_args(argv=None):
 @machine.plain_errors("the same command goes on")
 def main(args):
     """Trains, or measures weights."""
+    machine.refuse_torchrun()
     if args.evaluate:
         return evaluate(args.evaluate, args.split)
     places.check_file(args.output, "--output")

@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import data
 import evaluate
 import ood
 import train as script
 from conftest import train
-from extras import compare, linear_probe, tables, visualize
+from extras import compare, draw_critters, linear_probe, pretrain_tiny, tables, visualize
 from harness import machine, places, processes
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
@@ -164,12 +165,14 @@ def test_what_is_left_of_an_environment_does_not_matter_to_other_commands(module
     assert "WORLD_SIZE" not in processes.alone()
 
 
-@pytest.mark.parametrize("module, argv", ALONE)
+@pytest.mark.parametrize("module, argv", [
+    *ALONE, (visualize, ["--curves", "RUN"]), (data, ["--dataset", "folder", "--check"]),
+    (draw_critters, ["--output", "a.png"]), (pretrain_tiny, [])])
 def test_torchrun_is_refused_by_commands_that_work_alone(module, argv, gpus, monkeypatch):
     gpus(1)
     set_environment(monkeypatch, **TWO, TORCHELASTIC_RUN_ID="1")
     with pytest.raises(SystemExit, match="^rank 1: error: this command works as one process: start it"):
-        module.main(module.parse_args([*argv, "--device", "cpu"]))
+        module.main(module.parse_args(argv))
 
 
 def test_a_restart_by_torchrun_resumes(gpus, monkeypatch):
