@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from .download import digest, fetch
 from .model import Block
-from .weights import build_model, read_state_dict
+from .weights import build_model, is_first, read_state_dict
 
 ADDRESS = "https://openaipublic.azureedge.net/clip/models"
 PUBLISHED = {  # as in OpenAI's package openai-clip 1.0.1: the last folder is the file's SHA-256
@@ -95,7 +95,7 @@ def is_openais(path):
 
 def note_what_weights_hide(path, activation, model):
     """Prints with which activation and which heads somebody's file is read: its weights do not show them."""
-    if int(os.environ.get("RANK", 0)) > 0:
+    if not is_first():
         return
     attention = model.visual.transformer.resblocks[0].attn
     head_width = len(attention.in_proj_bias) // 3 // attention.heads
@@ -200,7 +200,9 @@ def download(url):
     path = cache() / url.split("/")[-1]
     failure = None
     try:
-        if not path.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        # why not LOCAL_RANK alone: it may be left over in the environment of a process that works alone
+        waits = dist.is_available() and dist.is_initialized() and int(os.environ.get("LOCAL_RANK") or 0) > 0
+        if not (path.exists() or waits):
             fetch([url], path, published_hash(url), DOWNLOAD_LIMIT)
     except ConnectionError as error:
         failure = ConnectionError(f"{error}; --model tiny runs without a download")

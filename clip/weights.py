@@ -6,11 +6,11 @@ if __name__ == "__main__":
 import errno
 import gzip
 import io
-import os
 import sys
 import zipfile
 
 import torch
+import torch.distributed as dist
 
 from .archive import ArchiveReader
 from .model import CLIP
@@ -205,7 +205,7 @@ def read_state_dict(path):
                          "than tensors. Fetch it again, or save a model's state_dict() alone") from error
 
     state_dict, taken_off = unwrap(content, path)
-    if taken_off and int(os.environ.get("RANK", 0)) == 0:
+    if taken_off and is_first():
         print(f"note: {path}: the weights are read without {' and '.join(taken_off)}, which a training "
               "program put around them", file=sys.stderr, flush=True)
     return state_dict
@@ -257,6 +257,14 @@ def is_state_dict(content):
     if not isinstance(content, dict):
         return False
     return all(isinstance(name, str) and torch.is_tensor(value) for name, value in content.items())
+
+
+def is_first():
+    """Whether this process prints: it works alone, or is the first of several.
+
+    why not RANK: it may be left over in the environment of a process that works alone.
+    """
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def is_memory(error):

@@ -651,9 +651,19 @@ def test_a_published_archive_is_run_without_a_warning(tmp_path, monkeypatch):
 def test_a_second_process_of_a_machine_downloads_nothing(publish, monkeypatch):
     server = publish(b"weights")
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(loader.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(loader, "raise_first", lambda failure: None)
     with pytest.raises(FileNotFoundError):
         clip.load("ViT-B/16")
     assert server.requests == 0
+
+
+@pytest.mark.parametrize("left_over", ["1", "x"])
+def test_a_local_rank_that_is_left_over_is_not_read(left_over, publish, monkeypatch):
+    server = publish(b"weights")
+    monkeypatch.setenv("LOCAL_RANK", left_over)
+    loader.download(server.url)
+    assert server.requests == 1
 
 
 def test_what_failed_for_another_process_is_raised_here(publish, tmp_path, monkeypatch):
