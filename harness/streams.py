@@ -81,6 +81,10 @@ def safe_streams():
 def safe_end():
     """Lets SIGTERM end the program as Ctrl-C does. why: else the processes that it started would live on."""
     def end(*_):
+        if hasattr(signal, "SIGCHLD"):
+            # why: schedulers signal all processes of a job, and torch raises an error for each one that reads
+            # pictures and is gone
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise Terminated
 
     in_main_thread = threading.current_thread() is threading.main_thread()

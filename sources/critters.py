@@ -340,6 +340,8 @@ def read(path):
         raise ValueError(f"{path}: the drawn classes are 0 to {len(CLASSES) - 1}")
     if odd and odd not in OOD:
         raise ValueError(f"{path}: the drawn OOD sets are {', '.join(OOD)}")
+    if odd and int(odd_index) >= OOD_SIZE:
+        raise ValueError(f"{path}: there is no picture {odd_index}: each OOD set has {OOD_SIZE}")
     try:
         if odd:
             return ood_picture(odd, int(odd_index))

@@ -127,12 +127,19 @@ def download(name, row, root):
 
 
 def download_pictures(name, row, root):
-    """Lets torchvision fetch and unpack the pictures. They come into the root whole, or not at all."""
+    """Lets torchvision fetch and unpack the pictures. They come into the root whole, or not at all.
+
+    Raises FileExistsError where something stands already at the place where they are unpacked.
+    """
     import torchvision  # why here: as in clip.preprocess
     part = os.path.join(root, f"{name}.part")
+    try:
+        os.makedirs(part)
+    except FileExistsError as error:           # why: it goes in the end, and may be somebody's own
+        raise FileExistsError(f"{part} is in the way: an interrupted download left it, another one is under "
+                              "way, or it is yours; move or remove it") from error
 
     try:
-        os.makedirs(part, exist_ok=True)
         # why: Flowers102 has its pictures by the time it asks for scipy, for labels that we do not use
         with contextlib.suppress(ModuleNotFoundError):
             getattr(torchvision.datasets, TORCHVISION[name])(part, download=True)
@@ -146,12 +153,12 @@ def download_pictures(name, row, root):
 
 
 def move_into(folder, other):
-    """Moves all that a folder holds into another one. Folders that both have are merged."""
+    """Moves all that a folder holds into another one. Folders that both have are merged; files there stay."""
     for entry in os.scandir(folder):
         place = os.path.join(other, entry.name)
         if entry.is_dir() and os.path.isdir(place):
             move_into(entry.path, place)
-        else:
+        elif not os.path.lexists(place):
             os.replace(entry.path, place)
 
 
@@ -202,7 +209,7 @@ def twins(lists):
     by_size = collections.defaultdict(list)
     for part, items in lists.items():
         for path, label, _ in items:
-            if os.path.exists(path):
+            if os.path.isfile(path):                       # why: a pipe or a device may never end
                 by_size[os.path.getsize(path)].append((part, label, path))
 
     by_content = collections.defaultdict(list)

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -131,6 +132,32 @@ def test_no_process_that_reads_pictures_outlives_its_command(number, tmp_path):
     assert wait_until(lambda: not any(map(is_alive, os.listdir(tmp_path))))
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="a signal of Unix")
+def test_sigterm_of_a_whole_job_leaves_one_line(monkeypatch):
+    # torch's own handler of SIGCHLD raises an error for each process of its loaders that the signal ended
+    kept = signal.signal(signal.SIGCHLD, lambda *_: pytest.fail("heard of a child"))
+    try:
+        with pytest.raises(SystemExit, match="^terminated$"), machine.plain_errors():
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGCHLD)
+    finally:
+        signal.signal(signal.SIGCHLD, kept)
+
+
+def test_what_waits_outside_python_hears_sigterm():
+    start = time.monotonic()
+    threading.Timer(0.2, signal.raise_signal, [signal.SIGTERM]).start()
+    with pytest.raises(SystemExit, match="^terminated$"), machine.plain_errors():
+        machine.interruptibly(threading.Event().wait)
+    assert time.monotonic() - start < 5
+    with pytest.raises(OSError, match="no"):
+        machine.interruptibly(raise_no)
+
+
+def raise_no():
+    raise OSError("no")
+
+
 def killed():
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -214,18 +241,34 @@ def test_a_download_that_breaks_off_leaves_nothing_and_says_so_in_words(error, t
     assert [path.name for path in tmp_path.rglob("*")] == ["eurosat", "mine.txt"]
 
 
+def test_a_folder_in_the_way_of_a_download_stays(tmp_path):
+    (tmp_path / "eurosat.part").mkdir()
+    (tmp_path / "eurosat.part/mine.txt").write_text("mine")
+    arguments = data.parse_args(["--dataset", "eurosat", "--data-root", str(tmp_path), "--download"])
+    assert f"{tmp_path}/eurosat.part is in the way: " in error_of(data.main, arguments)
+    assert (tmp_path / "eurosat.part/mine.txt").read_text() == "mine"
+
+
 def test_a_download_joins_what_is_there(tmp_path):
-    for name in ("new/eurosat/2750/0.jpg", "root/eurosat/split.json"):
-        (tmp_path / name).parent.mkdir(parents=True)
+    for name in ("new/eurosat/2750/0.jpg", "new/eurosat/mine.txt", "root/eurosat/mine.txt", "root/eurosat/split.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     files.move_into(tmp_path / "new", tmp_path / "root")
     assert (tmp_path / "root/eurosat/2750/0.jpg").exists() and (tmp_path / "root/eurosat/split.json").exists()
+    assert (tmp_path / "root/eurosat/mine.txt").read_text() == "root/eurosat/mine.txt"     # not the new one
 
 
 def test_a_pipe_among_pictures_is_named_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.jpg")
     with pytest.raises(ValueError, match="cannot read picture .*a.jpg: OSError: no regular file"):
         data.read_image(str(tmp_path / "a.jpg"))
+
+
+def test_two_pipes_among_pictures_are_no_twins(tmp_path):
+    items = [(str(tmp_path / name), 0, "a") for name in ("a.jpg", "b.jpg")]
+    for path, *_ in items:
+        os.mkfifo(path)
+    assert files.twins({"train": items}) == []
 
 
 def test_tilde_is_the_users_folder_in_every_option(monkeypatch, tmp_path):
@@ -416,6 +459,7 @@ def test_no_home_names_clip_cache(monkeypatch):
 
 
 @pytest.mark.parametrize("path, complaint", [("critters/test/0/900", "there is no test picture 900"),
+                                             ("critters/ood/near/200", "there is no picture 200: each OOD set has 200"),
                                              ("critters/ood/nothing/1", "the drawn OOD sets are near, ")])
 def test_a_drawn_picture_that_does_not_exist_is_named(path, complaint):
     with pytest.raises(ValueError, match=f"{path}: {complaint}"):
