@@ -127,7 +127,7 @@ def read_measurement(path):
     """A JSON file that a measurement wrote, as a dict. Raises ValueError where it is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}; remove it, and it is made again") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not a file of this program: remove it, and it is made again")

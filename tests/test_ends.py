@@ -22,7 +22,7 @@ import evaluate
 import ood
 from clip import loader
 from conftest import COLOURS, copy, random_clip, read, train
-from extras import tables, visualize
+from extras import reuse, tables, visualize
 from harness import configuration, machine, predict, runs, streams
 from methods.zero_shot import ZeroShot
 from sources import files, listing, overlap
@@ -471,3 +471,9 @@ def test_a_split_file_nested_without_an_end_is_named(tmp_path):
     (tmp_path / "eurosat/split_zhou_EuroSAT.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="split_zhou_EuroSAT.json should hold lists .* RecursionError"):
         data.load("eurosat", tmp_path, 1, 1)
+
+
+def test_a_measurement_nested_without_an_end_is_named(tmp_path):
+    (tmp_path / "ood.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="ood.json is damaged: .*recursion"):
+        reuse.read_measurement(tmp_path / "ood.json")
