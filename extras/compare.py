@@ -13,6 +13,8 @@ two runs go at a time, each with one thread. Read it from `main`: the runs (jobs
 may stand in (reuse.py), what is missing (children.py), the table (measures.py, ablations.py).
 """
 
+import contextlib
+import json
 import os
 import shlex
 import sys
@@ -201,6 +203,17 @@ def how_to_go_on():
     return f"python -m extras.compare {shlex.join(sys.argv[1:])} goes on with what is missing"
 
 
+def check_replaceable(path):
+    """Raises ValueError where compare.json is somebody else's: it is no list of rows."""
+    if not path.exists():
+        return
+    with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+        if all({"dataset", "shots", "row"} <= row.keys() for row in json.loads(path.read_bytes())):
+            return
+    raise ValueError(f"{path} is no table of this program, which writes its own there: give it another name, "
+                     "or name another --output-dir")
+
+
 @machine.plain_errors(how_to_go_on)
 def main(args):
     """The runs, what is missing of them, the table."""
@@ -218,6 +231,7 @@ def main(args):
     jobs = make_jobs(args)
     check_finished(jobs, threads)
     places.check_folder(args.output_dir, "--output-dir")
+    check_replaceable(Path(args.output_dir) / "compare.json")
     run_all(jobs, at_once, threads)
 
     table = make_table(args, jobs)

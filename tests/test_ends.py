@@ -22,7 +22,7 @@ import evaluate
 import ood
 from clip import loader
 from conftest import COLOURS, copy, random_clip, read, train
-from extras import reuse, tables, visualize
+from extras import compare, reuse, tables, visualize
 from harness import configuration, machine, predict, runs, streams
 from methods.zero_shot import ZeroShot
 from sources import files, listing, overlap
@@ -477,3 +477,12 @@ def test_a_measurement_nested_without_an_end_is_named(tmp_path):
     (tmp_path / "ood.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="ood.json is damaged: .*recursion"):
         reuse.read_measurement(tmp_path / "ood.json")
+
+
+@pytest.mark.parametrize("text", ["mine", "3", "[[1]]", '[{"row": 1}]'])
+def test_a_comparison_of_somebodys_own_is_not_replaced(text, tmp_path):
+    (tmp_path / "compare.json").write_text(text)
+    with pytest.raises(ValueError, match="compare.json is no table of this program"):
+        compare.check_replaceable(tmp_path / "compare.json")
+    machine.write_json(tmp_path / "compare.json", [{"dataset": "critters", "shots": 1, "row": "coop"}])
+    compare.check_replaceable(tmp_path / "compare.json")
