@@ -285,8 +285,7 @@ def find_pictures(args, checkpoint):
           f"test images, OOD {sizes}; temperature {args.temperature:g}, local weight {args.local_weight:g}",
           flush=True)
     sets = {"ID": test, **outside}
-    trained = [os.path.join(root, path) for path in checkpoint.get("training", ())]
-    warnings = overlap_warnings(sets, trained)
+    warnings = overlap_warnings(sets, run_pictures.all_pictures(config, root, checkpoint.get("training", ())))
     if config["dataset"] == "imagenet":
         warnings += count_warnings(sets)
     for warning in warnings:

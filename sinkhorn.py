@@ -33,7 +33,7 @@ def sinkhorn(cost, a=None, b=None, epsilon=0.1, n_iters=20):
     Raises ValueError for an epsilon that is infinite or not above 0, n_iters < 1, marginals of another length,
     and problems without a plan.
     """
-    if not (math.inf > epsilon > 0 and n_iters >= 1):
+    if not (0 < epsilon < math.inf and n_iters >= 1):
         raise ValueError(f"sinkhorn needs a finite epsilon > 0 and n_iters >= 1, got {epsilon=}, {n_iters=}")
     if not cost.is_floating_point():    # why: `in_float32` raises half precision only
         cost = cost.float()

@@ -9,11 +9,9 @@ import platform
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from datetime import timedelta
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -232,28 +230,11 @@ def join(rank, world, device):
     # why gloo: NCCL does not exist on Windows
     backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
     try:
-        interruptibly(partial(dist.init_process_group, backend, timeout=WAIT))
+        with streams.signals_end_at_once():
+            dist.init_process_group(backend, timeout=WAIT)
     except dist.DistError as error:
         reason = str(error).splitlines()[0]
         raise OSError(f"the {world} processes did not meet at {place}: {reason}") from error
-
-
-def interruptibly(action):
-    """Calls what waits outside Python, where Ctrl-C and SIGTERM would not be heard until it ends."""
-    errors = []
-
-    def act():
-        try:
-            action()
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=act, daemon=True)     # why daemon: else the program would wait for it
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.1)
-    if errors:
-        raise errors[0]
 
 
 # ---- what every script prints and writes with --------------------------------------------------------------

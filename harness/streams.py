@@ -98,6 +98,19 @@ def safe_end():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+@contextlib.contextmanager
+def signals_end_at_once():
+    """Lets Ctrl-C and SIGTERM end the program themselves. why: what waits outside Python hears them late."""
+    kept = {}
+    if threading.current_thread() is threading.main_thread():
+        kept = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
 def is_shared_memory(error):
     """Whether an error says that something is full, but names no file."""
     return isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None

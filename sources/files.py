@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -127,17 +128,10 @@ def download(name, row, root):
 
 
 def download_pictures(name, row, root):
-    """Lets torchvision fetch and unpack the pictures. They come into the root whole, or not at all.
-
-    Raises FileExistsError where something stands already at the place where they are unpacked.
-    """
+    """Lets torchvision fetch and unpack the pictures. They come into the root whole, or not at all."""
     import torchvision  # why here: as in clip.preprocess
-    part = os.path.join(root, f"{name}.part")
-    try:
-        os.makedirs(part)
-    except FileExistsError as error:           # why: it goes in the end, and may be somebody's own
-        raise FileExistsError(f"{part} is in the way: an interrupted download left it, another one is under "
-                              "way, or it is yours; move or remove it") from error
+    os.makedirs(root, exist_ok=True)
+    part = tempfile.mkdtemp(prefix=f"{name}.part", dir=root)       # why a new name: it is removed in the end
 
     try:
         # why: Flowers102 has its pictures by the time it asks for scipy, for labels that we do not use

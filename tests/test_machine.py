@@ -144,6 +144,7 @@ def test_processes_that_do_not_come_are_one_line(gpus, monkeypatch):
     (dict(WORLD_SIZE="2"), "WORLD_SIZE=2 says that 2 processes .* but RANK, MASTER_ADDR, MASTER_PORT is"),
     (dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="here"), "but MASTER_PORT is not set: start them with torchrun"),
     (dict(TWO, RANK="2"), "RANK=2 must be below WORLD_SIZE=2"),
+    (dict(TWO, MASTER_PORT="a"), "MASTER_PORT='a' in the environment is not the number"),
     (dict(TWO, RANK="-1"), "RANK='-1' in the environment is not the number that torchrun sets: unset it"),
     (dict(WORLD_SIZE="two"), "WORLD_SIZE='two' in the environment is not the number")])
 def test_half_an_environment_is_named_by_training(variables, complaint, gpus, monkeypatch, options, tmp_path):
