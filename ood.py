@@ -285,7 +285,8 @@ def find_pictures(args, checkpoint):
           f"test images, OOD {sizes}; temperature {args.temperature:g}, local weight {args.local_weight:g}",
           flush=True)
     sets = {"ID": test, **outside}
-    warnings = overlap_warnings(sets, run_pictures.all_pictures(config, root, checkpoint.get("training", ())))
+    trained = [os.path.join(root, path) for path in checkpoint.get("training", ())]
+    warnings = overlap_warnings(sets, trained)
     if config["dataset"] == "imagenet":
         warnings += count_warnings(sets)
     for warning in warnings:

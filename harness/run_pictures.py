@@ -40,19 +40,6 @@ def training_pictures(run, checkpoint, data_root=None):
     return items
 
 
-def all_pictures(config, root, trained):
-    """Paths of all pictures of a run's classes, whether they are there or not, and of those trained on.
-
-    trained: below the root. why of ImageNet the latter alone: to look at 1.28 million files takes minutes.
-    """
-    paths = [os.path.join(root, path) for path in trained]
-    if config["dataset"] == "imagenet":
-        return paths
-    lists, class_names = data.read_lists(config["dataset"], root, seed=1, held_out=config.get("held_out"))
-    lists, _ = data.choose_classes(lists, class_names, config.get("classes", "all"))
-    return paths + [path for items in lists.values() for path, *_ in items]
-
-
 def unseen_pictures(run, checkpoint, data_root=None, split="test", on=None, classes=None):
     """The pictures of `asked_pictures` without those that the run was trained on -> items, class names.
 

@@ -76,9 +76,9 @@ def count_warnings(sets):
     return warnings
 
 
-def overlap_warnings(sets, others):
-    """One line for each OOD set that holds in-distribution pictures: those of the ID set, or other paths."""
-    inside = [path for path, *_ in sets["ID"]] + others
+def overlap_warnings(sets, trained):
+    """One line for each OOD set that holds in-distribution pictures; trained: paths of those trained on."""
+    inside = [path for path, *_ in sets["ID"]] + trained
     warnings = []
     for name, items in sets.items():
         if name == "ID":
