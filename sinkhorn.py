@@ -30,7 +30,7 @@ def sinkhorn(cost, a=None, b=None, epsilon=0.1, n_iters=20):
     uniform where None -> plan (..., K, L), float32 at least.
     One iteration is two half-steps, the last one on b: columns sum to b exactly, rows to a up to convergence.
     The result for a problem does not depend on the others. Gradients flow through all iterations.
-    Raises ValueError for an epsilon that is infinite or not above 0, n_iters < 1, marginals of another length,
+    Raises ValueError for an epsilon that is infinite or not above 0, n_iters < 1, marginals of other lengths,
     and problems without a plan.
     """
     if not (0 < epsilon < math.inf and n_iters >= 1):

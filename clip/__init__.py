@@ -10,6 +10,7 @@ download.py   a file from the network
 precision.py  what is computed in float32 everywhere
 """
 
+# why before the imports: they fail where a file of this folder is started by its path
 if __name__ == "__main__":
     raise SystemExit("clip/__init__.py is no command: python train.py reads it")
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from .precision import unit
 from .tokenizer import SOS, tokenize
 
-FEW_CLASSES = 100    # up to here a GPU waits for kernel launches more than it computes
+FEW_CLASSES = 100    # up to here kernel launches, not work, decide how long a step in half precision takes
 TEMPLATE = "a photo of a"  # Sec. 3.1: tau_init; it also fixes M = 4
 
 

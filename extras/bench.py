@@ -54,7 +54,7 @@ from extras import stopwatch                  # noqa: E402
 from extras.plain_forms import plain_texts, tricks, with_gradient                           # noqa: E402
 from extras.steps import (NAMES, backward, batch, check_same_numbers, names_of,             # noqa: E402
                           plain_step, prompted_step, step, vit_b16)
-from harness import machine, places                   # noqa: E402
+from harness import machine, places           # noqa: E402
 from sotglp import SOTGLP, local_logits, objective                                          # noqa: E402
 
 torch.set_num_threads(1)

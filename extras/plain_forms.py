@@ -20,6 +20,7 @@ import clip  # before torch: it bounds how long torch's threads wait
 import torch
 import torch.nn.functional as F
 
+from clip.prompts import ClassTexts
 from sinkhorn import sinkhorn
 from sotglp import project
 
@@ -97,6 +98,8 @@ def text_tricks(model, device):
     clip_model = model.clip
     shared = model.global_prompts
     one_per_class = shared.expand(len(model.class_names), -1, -1, -1)
+    once = ClassTexts(clip_model, model.class_names)
+    once.saves_launches = False                        # why: else a GPU takes the plain form for both
     texts = torch.randn(40, 10, shared.shape[-1], device=device, requires_grad=True)
     eot = torch.full((40,), 9, device=device)
 
@@ -117,8 +120,8 @@ def text_tricks(model, device):
     return {"no token behind [EOT]": (padded, ours),
             "last text block for [EOT] alone": (all_rows, ours),
             "shared prompts once for all classes": (
-                lambda: with_gradient(shared, model.encode(one_per_class)),
-                lambda: with_gradient(shared, model.encode(shared)))}
+                lambda: with_gradient(shared, once(one_per_class)),
+                lambda: with_gradient(shared, once(shared)))}
 
 
 def image_tricks(model, images):

@@ -319,7 +319,7 @@ def short_name(path):
 @machine.plain_errors()
 def main(args):
     """Draws what the options ask for, and prints which files that made."""
-    machine.use_device(args.device)
+    machine.refuse_torchrun()
     run = args.runs[0]
     folder = Path(args.output or Path(run) / "pictures")
     if args.curves:
@@ -327,6 +327,7 @@ def main(args):
         places.check_folder(folder, "--output")
         return save(curves(logs), folder, "curves")
 
+    machine.use_device(args.device)
     checkpoint = runs.read_checkpoint(run)
     config = checkpoint["config"]
     label = label_of(args.class_name, checkpoint["class_names"], run)

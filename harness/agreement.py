@@ -44,7 +44,7 @@ def facts(fingerprint, learned, epochs_done, training=()):
 
 
 def contents(items, most=20_000):
-    """A hash of what the files of some items hold; of many, of every n-th, so that `most` are read.
+    """A hash of what the files of some items hold; of many, of every n-th, so that at most `most` are read.
 
     why: on another machine equal names may be other files.
     """

@@ -111,7 +111,7 @@ def check_numbers(args):
 
 def check_method(args):
     """Raises ValueError for what a method's constructor would refuse, but before CLIP is loaded."""
-    if getattr(args, "stage", 1) not in (1, 2):
+    if args.method == "plotpp" and args.stage not in (1, 2):
         raise ValueError(f"--stage must be 1 or 2, got {args.stage}")
     if args.method == "maple" and args.n_context > 4:
         raise ValueError(f"--n-context must lie between 1 and 4 for --method maple, got {args.n_context}")

@@ -23,7 +23,7 @@ def rank_and_world():
     if missing:
         raise ValueError(f"WORLD_SIZE={world} says that {world} processes work together, but "
                          f"{', '.join(missing)} is not set: start them with torchrun, or unset WORLD_SIZE")
-    from_environment("MASTER_PORT")
+    from_environment("MASTER_PORT")                        # why: torch would end in a traceback
     rank = from_environment("RANK")
     if rank >= world:
         raise ValueError(f"RANK={rank} must be below WORLD_SIZE={world}")

@@ -6,6 +6,7 @@ zero_shot.py learns nothing, and linear_probe.py has no prompts and no epochs: t
 train.py.
 """
 
+# why before the imports: they fail where a file of this folder is started by its path
 if __name__ == "__main__":
     raise SystemExit("methods/__init__.py is no command: python train.py --help lists the methods")
 

@@ -44,7 +44,7 @@ class CoCoOp(coop.CoOp):
     ValueError for a class name that does not fit behind the context.
     """
 
-    # differs: the published warm-up is one epoch at a constant 1e-5, here linear, as for every method. It
+    # differs: the published warm-up is one epoch at a constant 1e-5, here linear, as in train.py. It
     # trains in half precision.
     DEFAULTS = {"lr": 0.002, "epochs": 10, "warmup_epochs": 1, "batch_size": 1, "weight_decay": 5e-4}
 

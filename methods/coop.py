@@ -36,7 +36,7 @@ class CoOp(Method):
     """
 
     # differs: CoOp trains ImageNet, and 1 shot, for 50 epochs, 2 and 4 shots for 100. Its warm-up is one
-    # epoch at a constant 1e-5, here linear, as for every method.
+    # epoch at a constant 1e-5, here linear, as in train.py.
     DEFAULTS = {"lr": 0.002, "epochs": 200, "warmup_epochs": 1, "batch_size": 32, "weight_decay": 5e-4}
     SUFFIX = "."            # the name is followed by a full stop, as in "a photo of a cat."
     stream = "value"        # the patches of GL-MCM; accuracy needs none

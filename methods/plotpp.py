@@ -55,7 +55,7 @@ class PLOTPP(Method):
     """
 
     # differs: published are 50 epochs per stage with 1 shot and on ImageNet, 100 with 2 and 4 shots; and a
-    # warm-up of one epoch at a constant 1e-5, here linear, as for every method.
+    # warm-up of one epoch at a constant 1e-5, here linear, as in train.py.
     DEFAULTS = {"lr": 0.002, "epochs": 200, "warmup_epochs": 1, "batch_size": 32, "weight_decay": 5e-4}
     SUFFIX = coop.CoOp.SUFFIX
     frozen_tower = False    # tokens stand among the patches

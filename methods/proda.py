@@ -1,11 +1,11 @@
 """ProDA, "Prompt Distribution Learning" (Lu et al., arXiv 2205.03340), in one file.
 
-The texts that K learned contexts give a class are taken for draws from a Gaussian. A test compares images
-with mean texts. The training loss bounds the mean cross-entropy over it; a second term keeps contexts apart.
+The texts that K learned contexts give a class count as draws from a Gaussian; a test takes their mean. The
+training loss bounds the mean cross-entropy over this Gaussian, see `shift`. A term keeps the contexts apart.
 
 unverified: no code was published. The equations, 1 / (K + 1) for a covariance that is diagonal in D too, are
 those of others' ports. Nobody could check K = 32, M = 16, k = 4, weight 0.1 (a port has 1), rate, batch.
-differs: names behind all contexts (published: a quarter before, one inside), random draws, linear warm-up.
+differs: names stand behind all contexts, published also before and inside; random draws; linear warm-up.
 
 Letters: those of sotglp.py.  B images   C classes   K contexts, k in a step   M vectors   D joint width
 """

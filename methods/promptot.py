@@ -111,7 +111,7 @@ class PromptOT(Method):
     name that does not fit behind the prompt, and for an unknown modality or plan.
     """
 
-    # differs: the published warm-up is one epoch at a constant 1e-4, here linear, as for every method.
+    # differs: the published warm-up is one epoch at a constant 1e-4, here linear, as in train.py.
     DEFAULTS = {"lr": 0.005, "epochs": 40, "warmup_epochs": 1, "batch_size": 4, "weight_decay": 5e-4}
     SUFFIX = coop.CoOp.SUFFIX
     frozen_tower = False    # prompts stand among the patches, so the image tower is no longer CLIP's own

@@ -77,7 +77,7 @@ class PromptSRC(PromptOT):
     blocks with prompts, from the first, at most those of either tower. Raises as PromptOT does.
     """
 
-    # differs: the published warm-up is one epoch at a constant 1e-5, here linear, as for every method.
+    # differs: the published warm-up is one epoch at a constant 1e-5, here linear, as in train.py.
     DEFAULTS = {"lr": 0.0025, "epochs": 50, "warmup_epochs": 1, "batch_size": 4, "weight_decay": 5e-4}
 
     def __init__(self, clip_model, class_names, lambda_image=10.0, lambda_text=25.0, average_mean=30.0,

@@ -131,7 +131,8 @@ def download_pictures(name, row, root):
     """Lets torchvision fetch and unpack the pictures. They come into the root whole, or not at all."""
     import torchvision  # why here: as in clip.preprocess
     os.makedirs(root, exist_ok=True)
-    part = tempfile.mkdtemp(prefix=f"{name}.part", dir=root)       # why a new name: it is removed in the end
+    # why a new name: what is removed in the end must not be somebody's own
+    part = tempfile.mkdtemp(prefix=f"{name}.part", dir=root)
 
     try:
         # why: Flowers102 has its pictures by the time it asks for scipy, for labels that we do not use

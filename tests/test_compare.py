@@ -38,6 +38,13 @@ def test_what_is_missing_runs_once_and_the_table_has_its_means(started, tmp_path
     assert saved[0]["row"] == "coop" and saved[0]["accuracy"] == [80, 90, 85]
 
 
+def test_nothing_runs_where_the_table_would_replace_a_file_of_somebodys_own(started, tmp_path):
+    (tmp_path / "compare.json").write_text("mine")
+    with pytest.raises(SystemExit, match="compare.json is no table of this program"):
+        run(tmp_path, "--methods", "coop")
+    assert started == [] and (tmp_path / "compare.json").read_text() == "mine"
+
+
 def test_all_seeds_of_plotpp_start_from_one_first_stage(started, tmp_path, capsys):
     run(tmp_path, "--methods", "plotpp", "--seeds", "2", "3", "--epochs", "7")
     first, *others = [script.parse_args(command[1:]) for command in started if command[0] == "train.py"]

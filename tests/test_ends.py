@@ -132,7 +132,7 @@ def test_no_process_that_reads_pictures_outlives_its_command(number, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="a signal of Unix")
-def test_sigterm_of_a_whole_job_leaves_one_line(monkeypatch):
+def test_sigterm_of_a_whole_job_leaves_one_line():
     # torch's own handler of SIGCHLD raises an error for each process of its loaders that the signal ended
     kept = signal.signal(signal.SIGCHLD, lambda *_: pytest.fail("heard of a child"))
     try:
@@ -143,12 +143,15 @@ def test_sigterm_of_a_whole_job_leaves_one_line(monkeypatch):
         signal.signal(signal.SIGCHLD, kept)
 
 
-def test_signals_end_at_once_what_waits_outside_python():
+def test_signals_have_their_defaults_while_a_process_waits_outside_python():
+    numbers = signal.SIGINT, signal.SIGTERM
     with machine.plain_errors():
-        kept = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        before = [signal.getsignal(number) for number in numbers]
         with streams.signals_end_at_once():
-            assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == kept != [signal.SIG_DFL] * 2
+            during = [signal.getsignal(number) for number in numbers]
+        after = [signal.getsignal(number) for number in numbers]
+    assert during == [signal.SIG_DFL] * 2
+    assert after == before and signal.SIG_DFL not in before
 
 
 def killed():

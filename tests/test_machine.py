@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import signal
 import sys
 
 import pytest
@@ -119,6 +120,16 @@ def test_processes_that_torchrun_started_watch_it_and_others_say_that_they_wait(
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     machine.start_processes(args)
     assert done == ["gloo", "watch", "gloo"] and capsys.readouterr().out == ""
+
+
+def test_a_process_that_waits_for_others_hears_sigterm(gpus, monkeypatch):
+    gpus(0)
+    set_environment(monkeypatch, **TWO)
+    heard = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: heard.append(signal.getsignal(signal.SIGTERM)))
+    with machine.plain_errors():
+        machine.start_processes(script.parse_args(["--device", "cpu"]))
+    assert heard == [signal.SIG_DFL]                     # no handler of Python's, which would wait as well
 
 
 def test_gloo_joins_the_gpus_where_there_is_no_nccl(gpus, monkeypatch):

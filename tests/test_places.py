@@ -3,10 +3,12 @@
 import os
 import stat
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 import evaluate
+import train as script
 from conftest import copy, read, train
 from harness import agreement, machine, places, runs
 from test_faults import command, error_of, everything
@@ -129,6 +131,20 @@ def test_processes_that_differ_refuse_with_what_differs(what, changed, monkeypat
     other = fingerprint
     with pytest.raises(ValueError, match="differ in epochs done: 2 in process 0, 3 in process 1"):
         agreement.check_agreement(agreement.facts(fingerprint, {}, 2))
+
+
+def test_processes_compare_the_pictures_that_they_train_on(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(script, "check_agreement", found.append)
+    model = SimpleNamespace(learned_state=dict)
+    args = SimpleNamespace(resume=None, start_from=None)
+    fingerprint = {"config": {}, "data": {}, "class_names": ["a"], "clip_sha256": ""}
+    for text in ("one", "two"):
+        (tmp_path / "a.jpg").write_text(text)
+        script.begin(SimpleNamespace(args=args, rank=1, world=2, folder=tmp_path, fingerprint=fingerprint, model=model,
+                                     epochs_done=0, train_set=[(str(tmp_path / "a.jpg"), 0, "a")]))
+    one, two = found
+    assert [what for what in one if one[what] != two[what]] == ["content of the training pictures"]
 
 
 def test_equal_names_of_other_files_are_other_contents(tmp_path):
