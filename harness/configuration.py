@@ -141,17 +141,21 @@ def check_context(args):
     if args.warmup_epochs > args.epochs:
         raise ValueError(f"--warmup-epochs {args.warmup_epochs:g} is longer than the run, --epochs "
                          f"{args.epochs}")
-    if getattr(args, "words", None) and hasattr(args, "n_context") and not args.resume:
+    if getattr(args, "words", None) and hasattr(args, "n_context") and not goes_on(args):
         n_tokens = len(tokenizer.encode(args.words))
         if args.n_context != n_tokens:
             raise ValueError(f"--words {args.words!r} are {n_tokens} vectors, but --n-context is "
                              f"{args.n_context}: leave one out")
 
 
+def goes_on(args):
+    """Whether there is a run to go on with; --resume alone does not say that."""
+    return args.resume and (Path(args.output_dir) / "last.pt").exists()
+
+
 def check_start(args):
     """Raises ValueError where --start-from names a run of another method, FileNotFoundError for no run."""
-    goes_on = args.resume and (Path(args.output_dir) / "last.pt").exists()
-    if args.start_from and not goes_on:                  # why not: that run may be gone by then
+    if args.start_from and not goes_on(args):            # why not: that run may be gone by then
         method = runs.read_checkpoint(args.start_from)["config"]["method"]
         if method != args.method:
             raise ValueError(f"--start-from {args.start_from}: its method is {method}, not {args.method}")

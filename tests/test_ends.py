@@ -323,6 +323,12 @@ def test_options_that_contradict_each_other_are_refused(given, complaint):
         configuration.check_args(script.parse_args(given), 1)
 
 
+def test_resume_of_nothing_does_not_hide_what_contradicts(tmp_path):
+    given = ["--method", "coop", "--words", "a photo of a", "--n-context", "8", "--resume"]
+    with pytest.raises(ValueError, match="4 vectors, but --n-context is 8"):
+        configuration.check_args(script.parse_args([*given, "--output-dir", str(tmp_path)]), 1)
+
+
 def test_a_warm_up_that_is_given_is_kept():
     assert script.parse_args(["--warmup-epochs", "2", "--epochs", "4"]).warmup_epochs == 2
     assert script.parse_args(["--epochs", "4"]).warmup_epochs == pytest.approx(0.4)    # a tenth
