@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import evaluate
 from harness import machine, places, processes, results, run_pictures, runs
-from harness.agreement import check_agreement, facts, together
+from harness.agreement import check_agreement, facts_of, together
 from harness.cached_features import CachedFeatures
 from harness.checkpoints import resume, save_checkpoint, start_from, write_log
 from harness.configuration import check_args, configuration
@@ -128,7 +128,7 @@ def begin(run):
         if args.start_from:
             start_from(run, args.start_from)
     if run.world > 1:
-        check_agreement(facts(run.fingerprint, run.model.learned_state(), run.epochs_done, run.train_set))
+        check_agreement(facts_of(run))
 
 
 def make_optimizer(model, args, device):

@@ -43,6 +43,14 @@ def facts(fingerprint, learned, epochs_done, training=()):
             "learned tensors": tensors.hexdigest(), "content of the training pictures": contents(training)}
 
 
+def facts_of(run):
+    """The `facts` of a run, and whether it is tested. why: one process alone would then test it, or none."""
+    done = run.epochs_done
+    is_tested = done == run.args.epochs and (run.folder / "result.json").exists()
+    return {**facts(run.fingerprint, run.model.learned_state(), done, run.train_set),
+            "content of the test pictures": contents(run.test_set), "test done": is_tested}
+
+
 def contents(items, most=20_000):
     """A hash of what the files of some items hold; of many, of every n-th, so that at most `most` are read.
 

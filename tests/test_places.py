@@ -137,14 +137,25 @@ def test_processes_compare_the_pictures_that_they_train_on(tmp_path, monkeypatch
     found = []
     monkeypatch.setattr(script, "check_agreement", found.append)
     model = SimpleNamespace(learned_state=dict)
-    args = SimpleNamespace(resume=None, start_from=None)
+    args = SimpleNamespace(resume=None, start_from=None, epochs=1)
     fingerprint = {"config": {}, "data": {}, "class_names": ["a"], "clip_sha256": ""}
     for text in ("one", "two"):
         (tmp_path / "a.jpg").write_text(text)
         script.begin(SimpleNamespace(args=args, rank=1, world=2, folder=tmp_path, fingerprint=fingerprint, model=model,
-                                     epochs_done=0, train_set=[(str(tmp_path / "a.jpg"), 0, "a")]))
+                                     epochs_done=0, train_set=[(str(tmp_path / "a.jpg"), 0, "a")], test_set=[]))
     one, two = found
     assert [what for what in one if one[what] != two[what]] == ["content of the training pictures"]
+
+
+def test_processes_compare_the_test_pictures_and_whether_the_test_is_done(tmp_path):
+    fingerprint = {"config": {}, "data": {}, "class_names": ["a"], "clip_sha256": ""}
+    run = SimpleNamespace(args=SimpleNamespace(epochs=1), folder=tmp_path, fingerprint=fingerprint, epochs_done=1,
+                          model=SimpleNamespace(learned_state=dict), train_set=[], test_set=[])
+    one = agreement.facts_of(run)
+    (tmp_path / "result.json").write_text("{}")
+    run.test_set = [("critters/test/0/1", 0, "a")]
+    two = agreement.facts_of(run)
+    assert [what for what in one if one[what] != two[what]] == ["content of the test pictures", "test done"]
 
 
 def test_equal_names_of_other_files_are_other_contents(tmp_path):
