@@ -32,6 +32,7 @@ from harness import machine, places
 from harness.parser import Parser
 from methods import METHODS
 from sources import files
+from sources.listing import check_regular
 
 ROWS = {
     "zero_shot": Row("zero-shot CLIP", None, "CLIP"),
@@ -207,6 +208,7 @@ def check_replaceable(path):
     """Raises ValueError where compare.json is somebody else's: it is no list of rows."""
     if not path.exists():
         return
+    check_regular(path)
     with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
         if all({"dataset", "shots", "row"} <= row.keys() for row in json.loads(path.read_bytes())):
             return

@@ -11,6 +11,7 @@ import clip  # before torch: it bounds how long torch's threads wait
 
 from harness import places, run_pictures, runs
 from methods import METHODS
+from sources.listing import check_regular
 from sources.ood_sets import ood_sets
 
 # What a run was made from, beside its options, and what to call it.
@@ -125,6 +126,7 @@ def expected_fields(job, file):
 
 def read_measurement(path):
     """A JSON file that a measurement wrote, as a dict. Raises ValueError where it is none."""
+    check_regular(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from harness import runs
-from sources import DATASETS, folders
+from sources import DATASETS, folders, listing
 
 # What only the process with the lock of a run's folder writes, and what other commands write beside it.
 LOCKED = ("last.pt", "log.jsonl", "result.json", "per_class.csv", "confusion.csv")
@@ -131,6 +131,8 @@ def check_free(folder, config, resume=False, overwrite=False):
     The error says in which options that run differs from a configuration, and what to do.
     """
     folder = Path(folder)
+    for name in ("lock", *LOCKED):
+        listing.check_regular(folder / name)
     can_go_on = (folder / "last.pt").exists()
     is_finished = (folder / "result.json").exists()
     if overwrite or (resume and can_go_on):

@@ -27,7 +27,7 @@ import torch
 
 from clip.weights import check_archive, is_memory
 from methods import METHODS, OPTIONS
-from sources.listing import normal
+from sources.listing import check_regular, normal
 
 # What last.pt contains; training: the paths of the training pictures below the root.
 CHECKPOINT = {"learned": dict, "optimizer": dict, "scaler": dict, "config": dict, "class_names": list,
@@ -187,6 +187,7 @@ def unreadable(checkpoint):
 def read_log(run):
     """The lines of a run's log.jsonl: a dict for each epoch."""
     path = Path(run) / "log.jsonl"
+    check_regular(path)
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         if not all(isinstance(line, dict) and "seconds" in line for line in lines):
@@ -200,6 +201,7 @@ def read_log(run):
 def read_result(run):
     """A run's result.json. Raises ValueError where it cannot be read as such."""
     path = Path(run) / "result.json"
+    check_regular(path)
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         wrong = [name for name, kind in RESULT.items() if not isinstance(result.get(name), kind)]

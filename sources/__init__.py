@@ -9,6 +9,7 @@ import json
 from typing import NamedTuple
 
 from sources import critters, files, folders
+from sources.listing import check_regular
 
 
 class Row(NamedTuple):
@@ -152,6 +153,7 @@ def _critters(row, home, images):
 def _split(row, home, images):
     """CoOp's split file: {"train": [[path, label, class name], ...], "val": ..., "test": ...}."""
     path = f"{home}/{row.lists[0]}"
+    check_regular(path)
     with open(path, encoding="utf-8") as file:
         try:
             parts = json.load(file)

@@ -6,7 +6,7 @@ import random
 import re
 import unicodedata
 
-from sources.listing import class_folders, folders_in, is_picture, kinds, left_out, normal, walk
+from sources.listing import check_regular, class_folders, folders_in, is_picture, kinds, left_out, normal, walk
 
 PARTS = ("train", "val", "test")
 # What people call the folders of the parts, in any case. All of them may have the same beginning or end:
@@ -238,6 +238,7 @@ def read_names(path):
 
 def lines(path):
     """The lines of a text file in NFC, without blanks at their ends and without empty ones."""
+    check_regular(path)
     with open(path, encoding="utf-8-sig") as file:      # why -sig: on Windows files often begin with a mark
         try:
             return [unicodedata.normalize("NFC", line.strip()) for line in file if line.strip()]

@@ -51,6 +51,12 @@ def is_system(name):
     return bool(_SYSTEM.match(name.lower()))
 
 
+def check_regular(path):
+    """Raises OSError for a pipe or a device in place of a file. why: it may never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f"{path} is no regular file: put one there, or remove it")
+
+
 def is_picture(name):
     """Whether a file of this name is read as a picture."""
     return name.lower().endswith(SUFFIXES)

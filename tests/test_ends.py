@@ -22,9 +22,9 @@ import ood
 from clip import loader
 from conftest import COLOURS, copy, random_clip, read, train
 from extras import compare, reuse, tables, visualize
-from harness import configuration, machine, predict, runs, streams
+from harness import configuration, machine, places, predict, runs, streams
 from methods.zero_shot import ZeroShot
-from sources import files, listing, overlap
+from sources import files, folders, listing, overlap
 from test_faults import command, error_of, everything
 import train as script
 
@@ -251,6 +251,20 @@ def test_a_pipe_among_pictures_is_named_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.jpg")
     with pytest.raises(ValueError, match="cannot read picture .*a.jpg: OSError: no regular file"):
         data.read_image(str(tmp_path / "a.jpg"))
+
+
+@pytest.mark.parametrize("name, read", [
+    ("classnames.txt", folders.own_names), ("result.json", runs.read_result), ("log.jsonl", runs.read_log),
+    ("ood.json", lambda folder: reuse.read_measurement(folder / "ood.json")),
+    ("compare.json", lambda folder: compare.check_replaceable(folder / "compare.json")),
+    ("eurosat/split_zhou_EuroSAT.json", lambda folder: data.load("eurosat", folder, 1, 1)),
+    ("last.pt", lambda folder: places.check_free(folder, {}, overwrite=True)),
+    ("log.jsonl", lambda folder: places.check_free(folder, {}, resume=True))])
+def test_a_pipe_in_place_of_a_list_or_a_file_of_a_run_is_not_waited_for(name, read, tmp_path):
+    (tmp_path / "eurosat/2750").mkdir(parents=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(OSError, match=f"{name} is no regular file: put one there, or remove it"):
+        read(tmp_path)
 
 
 def test_two_pipes_among_pictures_are_no_twins(tmp_path):
