@@ -28,6 +28,7 @@ from extras.stream import BANK, GROUND, PATCH, PLACE, Vocabulary, augment, capti
 from harness import machine, places
 from harness.parser import Parser
 from sources import critters
+from sources.listing import check_regular
 
 SIZES = dict(embed_dim=128, resolution=critters.SIZE, patch=PATCH, vision_width=128, vision_layers=4,
              context_length=77, vocab_size=49408, text_width=128, text_layers=3)
@@ -164,13 +165,22 @@ def save_checkpoint(path, **state):
 
 
 def resume(path, model, optimizer):
-    """Takes a checkpoint over where there is one -> how many steps are done."""
+    """Takes a checkpoint over where there is one -> how many steps are done.
+
+    Raises ValueError for a file that is none, OSError for a pipe.
+    """
     if not os.path.exists(path):
         return 0
-    saved = torch.load(path, weights_only=True)
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    return saved["step"]
+    check_regular(path)
+    try:
+        saved = torch.load(path, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        return int(saved["step"])
+    # why so broad: in a damaged file pickle and torch can trip over anything
+    except Exception as error:
+        raise ValueError(f"{path} is damaged, or no checkpoint of this program ({type(error).__name__}): "
+                         "remove it, or name another --output") from error
 
 
 def weighted(losses, step):

@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import os
 import random
 import re
 import sys
@@ -388,6 +389,18 @@ def pool(monkeypatch):
 
 def weights(folder):
     return torch.load(folder / "w.pt.gz.resume", weights_only=True)
+
+
+def test_a_file_that_is_none_to_go_on_with_is_named(tmp_path):
+    path = tmp_path / "w.pt.gz.resume"
+    path.write_text("mine")
+    with pytest.raises(ValueError, match="w.pt.gz.resume is damaged, or no checkpoint of this program"):
+        pretrain.resume(path, None, None)
+    assert path.read_text() == "mine"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="w.pt.gz.resume is no regular file"):
+        pretrain.resume(path, None, None)
 
 
 def test_a_resumed_run_equals_one_without_a_stop(small, pool, tmp_path, capsys):
