@@ -89,13 +89,29 @@ def safe_end():
 
     in_main_thread = threading.current_thread() is threading.main_thread()
     mine = in_main_thread and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    kept = sys.unraisablehook
     if mine:
         signal.signal(signal.SIGTERM, end)
+        sys.unraisablehook = send_again(kept)
     try:
         yield
     finally:
+        sys.unraisablehook = kept
         if mine:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def send_again(otherwise):
+    """A hook for errors that Python ignores, as in destructors: a signal that raised one is sent again."""
+    def hook(ignored):
+        if not issubclass(ignored.exc_type, KeyboardInterrupt):
+            return otherwise(ignored)
+        number = signal.SIGTERM if issubclass(ignored.exc_type, Terminated) else signal.SIGINT
+        # why later: the destructor is still under way
+        again = threading.Timer(0.1, os.kill, [os.getpid(), number])
+        again.daemon = True
+        again.start()
+    return hook
 
 
 @contextlib.contextmanager

@@ -143,6 +143,17 @@ def test_sigterm_of_a_whole_job_leaves_one_line():
         signal.signal(signal.SIGCHLD, kept)
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_that_comes_in_a_destructor_is_not_lost(name):
+    class Busy:
+        def __del__(self):
+            signal.raise_signal(getattr(signal, name))
+
+    with pytest.raises(SystemExit, match="^(terminated|interrupted)$"), machine.plain_errors():
+        Busy()
+        time.sleep(10)
+
+
 def test_signals_have_their_defaults_while_a_process_waits_outside_python():
     numbers = signal.SIGINT, signal.SIGTERM
     with machine.plain_errors():
