@@ -2,9 +2,11 @@
 
 import gzip
 import math
+import multiprocessing
 import os
 import random
 import re
+import signal
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -16,6 +18,7 @@ import torch
 from PIL import Image
 
 import clip
+from harness import machine
 from sources import critters
 from extras import measure_tiny, pretrain_tiny as pretrain, stream
 from clip.loader import MEAN, STD
@@ -389,6 +392,11 @@ def pool(monkeypatch):
 
 def weights(folder):
     return torch.load(folder / "w.pt.gz.resume", weights_only=True)
+
+
+def test_a_signal_ends_the_processes_that_draw_without_a_traceback():
+    with machine.plain_errors(), multiprocessing.Pool(1, stream.end_quietly) as pool:
+        assert pool.map(signal.getsignal, [signal.SIGINT, signal.SIGTERM]) == [signal.SIG_DFL] * 2
 
 
 def test_a_file_that_is_none_to_go_on_with_is_named(tmp_path):
