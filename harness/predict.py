@@ -3,6 +3,7 @@
 import functools
 import glob
 import itertools
+import numbers
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -48,11 +49,14 @@ def predict(model, paths, top=5, batch_size=100):
     """Yields (path, [(class name, probability), ...]) for each picture, the likeliest class first.
 
     model: from `evaluate.load_run`. paths: one path or PIL image, or any number of them; they are read as
-    they come, and as people see them. Raises ValueError for a top or a batch size below 1, and for a picture
-    that cannot be read, when its turn comes; TypeError for what is neither a path nor a PIL image.
+    they come, and as people see them. Raises ValueError for a top or a batch size that is no whole number
+    above 0, and for a picture that cannot be read, when its turn comes; TypeError for what is neither a path
+    nor a PIL image.
     """
-    if not (top >= 1 and batch_size >= 1):
-        raise ValueError(f"top and batch_size must be at least 1, got {top} and {batch_size}")
+    if not all(isinstance(number, numbers.Integral) and number >= 1 for number in (top, batch_size)):
+        raise ValueError(f"top and batch_size must be at least 1, got {top!r} and {batch_size!r}: give whole "
+                         "numbers")
+    top, batch_size = int(top), min(int(batch_size), sys.maxsize)
     if not hasattr(paths, "__iter__") or hasattr(paths, "read") or isinstance(paths, bytes):
         check_kind(paths)
     return named(predictions(model, paths, top, batch_size), model.class_names)

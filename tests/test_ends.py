@@ -312,7 +312,8 @@ def test_a_picture_that_cannot_be_read_has_its_turn(trained, pictures, tmp_path)
 def test_predict_refuses_what_cannot_work(trained, pictures):
     picture = pictures / "test/sea/0.png"
     model = evaluate.load_run(trained)
-    for options in (dict(top=0), dict(batch_size=0), dict(batch_size=-1)):
+    for options in (dict(top=0), dict(batch_size=0), dict(batch_size=-1), dict(top=1.5), dict(top="5"),
+                    dict(batch_size=None), dict(batch_size=2.5)):
         with pytest.raises(ValueError, match="top and batch_size must be at least 1"):
             next(evaluate.predict(model, picture, **options))
     for other in (model.double(), model.half()):
