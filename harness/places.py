@@ -31,7 +31,7 @@ def lock(folder, patience=2.0):
     the lock, and for a file `lock` of somebody's own.
     why lockf: a loader worker inherits a flock and keeps it when its parent is killed, but not this lock.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    check_folder(folder, "--output-dir")
     file = open(Path(folder) / "lock", "a+", errors="replace")
     try:
         wait_for(file, folder, patience)
@@ -206,7 +206,12 @@ def check_file(path, option):
 
 def check_folder(folder, option):
     """Makes a folder. Raises OSError, with the option that names another, where it cannot be written to."""
-    with contextlib.suppress(FileExistsError):             # why: of a file, which the next line refuses
+    try:
         Path(folder).mkdir(parents=True, exist_ok=True)
+    except FileExistsError:                                # why: of a file, which the next line refuses
+        pass
+    except OSError as error:
+        raise OSError(f"{folder} cannot be made ({error.strerror}): name another place by {option}"
+                      ) from error
     if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
         raise OSError(f"nothing can be written into {folder}: name another place by {option}")

@@ -6,7 +6,8 @@ import random
 import re
 import unicodedata
 
-from sources.listing import check_regular, class_folders, folders_in, is_picture, kinds, left_out, normal, walk
+from sources.listing import (
+    check_regular, class_folders, folders_in, is_picture, kinds, left_out, normal, walk)
 
 PARTS = ("train", "val", "test")
 # What people call the folders of the parts, in any case. All of them may have the same beginning or end:

@@ -1,8 +1,10 @@
 """Nobody's own file is replaced or removed: what a run, a table or a picture is written over."""
 
+import errno
 import os
 import stat
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -100,6 +102,18 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(trained, tmp_p
                             (tmp_path / "read-only.csv", "is read-only"), (tmp_path / "last.pt", "a file of a run")):
         assert complaint in error_of(command, evaluate, trained, "--csv", path)
     assert (tmp_path / "read-only.csv").read_text() == "mine"
+
+
+def test_a_read_only_place_names_the_option(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(OSError, match="nothing can be written into .*: name another place by --output-dir"):
+        places.lock(tmp_path)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(OSError, match=r"new cannot be made \(Read-only.*: name another place by --output-dir"):
+        places.lock(tmp_path / "new")
 
 
 def test_a_name_of_255_bytes_is_written(tmp_path):
