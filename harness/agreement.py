@@ -26,10 +26,10 @@ def together():
         dist.destroy_process_group()
 
 
-def facts(fingerprint, learned, epochs_done, training=()):
+def facts(fingerprint, learned, epochs_done):
     """What all processes must share, {what: value}.
 
-    fingerprint: as last.pt has it; learned: {name: tensor}; training: the items that are trained on.
+    fingerprint: as last.pt has it; learned: {name: tensor}.
     """
     tensors = hashlib.sha256()
     for name, tensor in sorted(learned.items()):
@@ -40,18 +40,22 @@ def facts(fingerprint, learned, epochs_done, training=()):
     pictures = {f"{part} pictures": digest for part, digest in fingerprint["data"].items()}
     return {**options, **pictures, "classes": fingerprint["class_names"],
             "CLIP weights": fingerprint["clip_sha256"], "epochs done": epochs_done,
-            "learned tensors": tensors.hexdigest(), "content of the training pictures": contents(training)}
+            "learned tensors": tensors.hexdigest()}
 
 
 def facts_of(run):
-    """The `facts` of a run, and whether it is tested. why: one process alone would then test it, or none."""
+    """The `facts` of a run, what its pictures hold, and whether its test is done.
+
+    why the last: else some processes would make the test, and wait for the others.
+    """
     done = run.epochs_done
     is_tested = done == run.args.epochs and (run.folder / "result.json").exists()
-    return {**facts(run.fingerprint, run.model.learned_state(), done, run.train_set),
+    return {**facts(run.fingerprint, run.model.learned_state(), done),
+            "content of the training pictures": contents(run.train_set),
             "content of the test pictures": contents(run.test_set), "test done": is_tested}
 
 
-def contents(items, most=20_000):
+def contents(items, most=2_000):
     """A hash of what the files of some items hold; of many, of every n-th, so that at most `most` are read.
 
     why: on another machine equal names may be other files.

@@ -41,7 +41,8 @@ def fill_in(args, defaults, given, is_new=True):
     args.data_root = files.absolute(args.data_root)
 
     if args.workers is None:
-        args.workers = machine.default_workers(args.device)
+        with machine.plain_errors():
+            args.workers = machine.default_workers(args.device)
     if args.text_chunk is None:
         args.text_chunk = machine.default_text_chunk(args.device)
 

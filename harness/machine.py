@@ -57,7 +57,7 @@ def default_workers(device):
         cpus = len(os.sched_getaffinity(0))
     else:
         cpus = os.cpu_count() or 1
-    return min(8, cpus // from_environment("LOCAL_WORLD_SIZE", 1))
+    return min(8, cpus // max(1, from_environment("LOCAL_WORLD_SIZE", 1)))
 
 
 def default_text_chunk(device):

@@ -211,7 +211,7 @@ def check_folder(folder, option):
     except FileExistsError:                                # why: of a file, which the next line refuses
         pass
     except OSError as error:
-        raise OSError(f"{folder} cannot be made ({error.strerror}): name another place by {option}"
-                      ) from error
+        reason = f"{folder} cannot be made ({error.strerror})"
+        raise OSError(f"{reason}: name another place by {option}") from error
     if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
         raise OSError(f"nothing can be written into {folder}: name another place by {option}")
