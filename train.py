@@ -37,8 +37,8 @@ import evaluate
 from harness import machine, places, processes, results, run_pictures, runs
 from harness.agreement import check_agreement, facts_of, together
 from harness.cached_features import CachedFeatures
-from harness.checkpoints import resume, save_checkpoint, start_from, write_log
-from harness.configuration import check_args, configuration
+from harness.checkpoints import is_done, resume, save_checkpoint, start_from, write_log
+from harness.configuration import check_args, configuration, goes_on
 from harness.messages import announce, how_to_go_on, plain_memory_error
 from methods.zero_shot import ZeroShot
 from sources import reading
@@ -120,7 +120,7 @@ def begin(run):
     if run.rank == 0:
         # why again: another process may have had the folder until now
         places.check_free(run.folder, run.fingerprint["config"], args.resume, args.overwrite)
-    if args.resume and (run.folder / "last.pt").exists():
+    if goes_on(args):
         resume(run)
     else:
         if args.resume and run.rank == 0:
@@ -311,7 +311,7 @@ def train(args):
         run = set_up(args, rank, world, device)
         with places.lock(run.folder) if rank == 0 else contextlib.nullcontext():
             begin(run)
-            if run.epochs_done < args.epochs or not (run.folder / "result.json").exists():
+            if not is_done(run):
                 train_and_test(run)
             elif rank == 0:
                 print(f"{run.folder} is finished\n{results.accuracies_line(runs.read_result(run.folder))}")

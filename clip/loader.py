@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from .download import digest, fetch
 from .model import Block
-from .weights import build_model, is_first, read_state_dict
+from .weights import build_model, has_joined, is_first, read_state_dict
 
 ADDRESS = "https://openaipublic.azureedge.net/clip/models"
 PUBLISHED = {  # as in OpenAI's package openai-clip 1.0.1: the last folder is the file's SHA-256
@@ -152,9 +152,14 @@ def to_rgb(image):
 
 
 def weights_hash(model):
-    """SHA-256 over all tensors' names and float32 values: equal for all files that hold the same model."""
+    """The `tensors_hash` of a model: equal for all files that hold it."""
+    return tensors_hash(model.state_dict())
+
+
+def tensors_hash(tensors):
+    """SHA-256 over the names and float32 values of {name: tensor}."""
     found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         found.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
     return found.hexdigest()
 
@@ -200,8 +205,7 @@ def download(url):
     path = cache() / url.split("/")[-1]
     failure = None
     try:
-        # why not LOCAL_RANK alone: it may be left over in the environment of a process that works alone
-        waits = dist.is_available() and dist.is_initialized() and int(os.environ.get("LOCAL_RANK") or 0) > 0
+        waits = has_joined() and int(os.environ.get("LOCAL_RANK") or 0) > 0
         if not (path.exists() or waits):
             fetch([url], path, published_hash(url), DOWNLOAD_LIMIT)
     except ConnectionError as error:
@@ -218,7 +222,7 @@ def download(url):
 def raise_first(failure):
     """Waits for all processes that work together, and raises the first failure of any of them."""
     failures = [failure]
-    if dist.is_available() and dist.is_initialized():
+    if has_joined():
         failures = [None] * dist.get_world_size()
         dist.all_gather_object(failures, failure)
     for failure in filter(None, failures):

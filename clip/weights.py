@@ -259,12 +259,17 @@ def is_state_dict(content):
     return all(isinstance(name, str) and torch.is_tensor(value) for name, value in content.items())
 
 
-def is_first():
-    """Whether this process prints: it works alone, or is the first of several.
+def has_joined():
+    """Whether this process works with others.
 
-    why not RANK: it may be left over in the environment of a process that works alone.
+    why not by RANK or LOCAL_RANK: they may be left over in the environment of a process that works alone.
     """
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    return dist.is_available() and dist.is_initialized()
+
+
+def is_first():
+    """Whether this process prints: it works alone, or is the first of several."""
+    return not has_joined() or dist.get_rank() == 0
 
 
 def is_memory(error):

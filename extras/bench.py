@@ -333,7 +333,7 @@ def main():
     for what, value in table.items():
         print_row(what, value, other)
     if args.json:
-        Path(args.json).write_text(json.dumps(table, indent=2))
+        machine.write_json(args.json, table)
         print(f"wrote {args.json}")
 
 

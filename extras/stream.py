@@ -5,7 +5,6 @@ All of it comes from sources/critters.py. extras/pretrain_tiny.py trains with it
 
 import multiprocessing
 import random
-import signal
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 
 from clip import tokenize
 from clip.loader import MEAN, STD
+from harness.streams import let_signals_end
 from sources import critters
 
 PATCH = 8                                                           # side of a patch in pixels
@@ -42,15 +42,10 @@ def draw_one(seed):
     return np.asarray(picture), numbers[patch_slots(mask)].astype(np.int16), phrases
 
 
-def end_quietly():
-    """In each process of the pool: a signal ends it at once. why: it would show a traceback of its own."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-
-
 def draw_pool(size, seed, workers):
     """All pictures of a training run -> pixels (N, 64, 64, 3) uint8, patch targets (N, P) int16, phrases."""
-    with multiprocessing.Pool(workers, end_quietly) as pool:
+    # why: each process of the pool would show a traceback of its own
+    with multiprocessing.Pool(workers, let_signals_end) as pool:
         drawn = pool.imap(draw_one, (f"stream {seed} {i}" for i in range(size)), chunksize=250)
         pixels, targets, phrases = zip(*drawn)
         pool.close()

@@ -3,9 +3,12 @@
 import contextlib
 import hashlib
 
+from clip.loader import tensors_hash  # before torch: it bounds how long torch's threads wait
+
 import torch.distributed as dist
 
 from harness import runs
+from harness.checkpoints import is_done
 from sources.overlap import content
 
 # Options that may be others on another machine; files are compared by what was read of them.
@@ -31,16 +34,12 @@ def facts(fingerprint, learned, epochs_done):
 
     fingerprint: as last.pt has it; learned: {name: tensor}.
     """
-    tensors = hashlib.sha256()
-    for name, tensor in sorted(learned.items()):
-        tensors.update(name.encode() + tensor.float().cpu().numpy().tobytes())
-
     options = {f"--{name.replace('_', '-')}": value for name, value in fingerprint["config"].items()
                if name not in MAY_DIFFER}
     pictures = {f"{part} pictures": digest for part, digest in fingerprint["data"].items()}
     return {**options, **pictures, "classes": fingerprint["class_names"],
             "CLIP weights": fingerprint["clip_sha256"], "epochs done": epochs_done,
-            "learned tensors": tensors.hexdigest()}
+            "learned tensors": tensors_hash(learned)}
 
 
 def facts_of(run):
@@ -48,11 +47,9 @@ def facts_of(run):
 
     why the last: else some processes would make the test, and wait for the others.
     """
-    done = run.epochs_done
-    is_tested = done == run.args.epochs and (run.folder / "result.json").exists()
-    return {**facts(run.fingerprint, run.model.learned_state(), done),
+    return {**facts(run.fingerprint, run.model.learned_state(), run.epochs_done),
             "content of the training pictures": contents(run.train_set),
-            "content of the test pictures": contents(run.test_set), "test done": is_tested}
+            "content of the test pictures": contents(run.test_set), "test done": is_done(run)}
 
 
 def contents(items, most=2_000):

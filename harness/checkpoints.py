@@ -34,6 +34,11 @@ def write_log(run):
     machine.write_text(run.folder / "log.jsonl", "".join(lines))
 
 
+def is_done(run):
+    """Whether all epochs are trained and the test is made."""
+    return run.epochs_done >= run.args.epochs and (run.folder / "result.json").exists()
+
+
 def resume(run):
     """Restores the run from last.pt.
 

@@ -114,12 +114,16 @@ def send_again(otherwise):
     return hook
 
 
+def let_signals_end():
+    """Lets Ctrl-C and SIGTERM end the program at once, without a word -> what they did, {signal: handler}."""
+    return {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
 @contextlib.contextmanager
 def signals_end_at_once():
-    """Lets Ctrl-C and SIGTERM end the program themselves. why: what waits outside Python hears them late."""
-    kept = {}
-    if threading.current_thread() is threading.main_thread():
-        kept = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    """`let_signals_end` for a while. why: what waits outside Python hears them late."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    kept = let_signals_end() if in_main_thread else {}
     try:
         yield
     finally:

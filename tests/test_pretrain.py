@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import clip
-from harness import machine
+from harness import machine, streams
 from sources import critters
 from extras import measure_tiny, pretrain_tiny as pretrain, stream
 from clip.loader import MEAN, STD
@@ -395,7 +395,7 @@ def weights(folder):
 
 
 def test_a_signal_ends_the_processes_that_draw_without_a_traceback():
-    with machine.plain_errors(), multiprocessing.Pool(1, stream.end_quietly) as pool:
+    with machine.plain_errors(), multiprocessing.Pool(1, streams.let_signals_end) as pool:
         assert pool.map(signal.getsignal, [signal.SIGINT, signal.SIGTERM]) == [signal.SIG_DFL] * 2
 
 
